@@ -1,0 +1,1 @@
+"""What a round is on a client: one Flower ClientApp."""

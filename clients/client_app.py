@@ -1,0 +1,91 @@
+"""The ClientApp: trains or evaluates the model that a message brings, on this client's own samples."""
+
+from functools import lru_cache
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from clients.federation import Federation, federation
+from clients.training import train
+from fedwsa import messages, models
+from fedwsa.arrays import load, pack
+from fedwsa.config import Config, from_run_config
+from fedwsa.evaluation import evaluate
+from fedwsa.scope import measure
+from fedwsa.seeding import torch_generator, torch_seed
+
+app = ClientApp()
+
+RunConfig = dict[str, bool | int | float | str]
+
+
+@app.train()
+def train_message(message: Message, context: Context) -> Message:
+    """Train on this client's training samples; everything random comes from (seed, round, partition id)."""
+    config, client = _identity(message, context)
+    holdings = federation(config)
+    images, labels = holdings.dataset.train_tensors(holdings.training[client])
+    model = _model_with(message, config, holdings)
+    settings = message.content.config_records[messages.CONFIG]
+    server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
+    seed = config.seed[0]
+    with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
+        torch.manual_seed(torch_seed(seed, "client", server_round, client))
+        loss = train(
+            model,
+            images,
+            labels,
+            config,
+            torch_generator(seed, "client", server_round, client),
+            messages.unpack_alignment(settings),
+        )
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss})
+    metrics.update(messages.pack_scope(measure(state)))
+    return Message(RecordDict({messages.ARRAYS: pack(state), messages.METRICS: metrics}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate_message(message: Message, context: Context) -> Message:
+    """Evaluate on this client's validation samples."""
+    config, client = _identity(message, context)
+    holdings = federation(config)
+    images, labels = holdings.dataset.train_tensors(holdings.validation[client])
+    if not len(labels):
+        raise ValueError(f"client {client} holds no validation samples; raise validation-fraction or min-size")
+    loss, accuracy = evaluate(_model_with(message, config, holdings), images, labels)
+    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss, messages.ACCURACY: accuracy})
+    return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
+
+
+def _identity(message: Message, context: Context) -> tuple[Config, int]:
+    """The config, with as many clients as the network has, and which of them this is."""
+    messages.check_version(message.content.config_records[messages.CONFIG])
+    try:
+        client, clients = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    except KeyError as error:
+        raise ValueError(f'node config: {error} is missing; --node-config "partition-id=0 num-partitions=2"') from None
+    if not 0 <= client < clients:
+        raise ValueError(f"partition-id = {client}: allowed is 0 to num-partitions − 1 = {clients - 1}")
+    return _config(tuple(sorted(context.run_config.items())), clients), client
+
+
+@lru_cache(maxsize=8)
+def _config(run_config: tuple[tuple[str, bool | int | float | str], ...], clients: int) -> Config:
+    """Parsed once a process and run."""
+    return from_run_config(dict(run_config)).model_copy(update={"num_clients": clients})
+
+
+@lru_cache(maxsize=2)
+def _model(name: str, input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """One module a process, filled anew for each message."""
+    return models.build(name, input_shape, num_classes, seed=0)
+
+
+def _model_with(message: Message, config: Config, holdings: Federation) -> nn.Module:
+    arrays: ArrayRecord = message.content.array_records[messages.ARRAYS]
+    model = _model(config.model, holdings.dataset.input_shape, holdings.dataset.num_classes)
+    load(model.state_dict(), arrays)
+    return model

@@ -1,0 +1,77 @@
+"""Local training: the loop that every objective shares."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from fedwsa.config import Config
+from fedwsa.messages import Alignment
+from fedwsa.regularizer import WeightScopeRegularizer
+
+
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: Config,
+    generator: torch.Generator,
+    alignment: Alignment | None = None,
+) -> float:
+    """SGD in place for `local-epochs`; returns the mean task loss over all steps, nats a sample.
+
+    images: [N, C, H, W] float32, labels: [N] int64, N ≥ 1. Each epoch is a new permutation from `generator`; the last
+    batch of an epoch may be smaller. Momentum buffers start at zero and are not kept between rounds.
+    The functional form of PyTorch's SGD is used: building a `torch.optim.Optimizer` imports its compiler, a second.
+    """
+    model.train()
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    buffers: list[Tensor | None] = [None] * len(parameters)
+    regularizer = _regularizer(model, alignment)
+    total, steps = torch.zeros(()), 0
+    for _ in range(config.local_epochs):
+        for batch in torch.split(torch.randperm(len(labels), generator=generator), config.batch_size):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+            if regularizer:
+                regularizer.add_gradient()
+            _sgd_step(parameters, buffers, config)
+            if regularizer:
+                regularizer.proximal_step(config.learning_rate, config.momentum)
+            total += loss.detach()
+            steps += 1
+    return float(total) / steps
+
+
+def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRegularizer | None:
+    if alignment is None or alignment.strength == 0:
+        return None
+    return WeightScopeRegularizer(
+        model.named_parameters(),
+        alignment.target,
+        strength=alignment.strength,
+        mode=alignment.mode,  # type: ignore[arg-type]
+        reduction=alignment.reduction,  # type: ignore[arg-type]
+    )
+
+
+@torch.no_grad()
+def _sgd_step(parameters: list[Tensor], buffers: list[Tensor | None], config: Config) -> None:
+    pairs = [(p, i) for i, p in enumerate(parameters) if p.grad is not None]
+    used: list[Tensor | None] = [buffers[i] for _, i in pairs]
+    sgd(
+        [p for p, _ in pairs],
+        [p.grad for p, _ in pairs if p.grad is not None],
+        used,
+        foreach=True,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        lr=config.learning_rate,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+    for (_, i), buffer in zip(pairs, used, strict=True):
+        buffers[i] = buffer

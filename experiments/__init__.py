@@ -1,0 +1,1 @@
+"""What people run: the `fedwsa` command, its configs, tables, figures and reports."""

@@ -1,0 +1,59 @@
+"""Who holds which labels, for the terminal and as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from experiments import figures
+from experiments.results import write_atomically
+
+MAX_CLIENTS = 40
+MAX_CLASS_COLUMNS = 10
+
+
+def partition_table(label_counts: Sequence[Sequence[int]]) -> Table:
+    """A row a client: size, number of classes held, and the counts; of more than 40 clients the first 40.
+
+    Up to ten classes have a column each; of more, a client's largest are listed as label: count.
+    """
+    counts = np.asarray(label_counts)
+    if counts.ndim != 2 or 0 in counts.shape:
+        raise ValueError(f"label counts must be [clients][classes] and not empty, got shape {counts.shape}")
+    clients, classes = counts.shape
+    sizes = counts.sum(1)
+    narrow = classes <= MAX_CLASS_COLUMNS
+    caption = (
+        f"{clients} clients hold {sizes.min():,} to {sizes.max():,} samples, {np.median(sizes):,.0f} in the median"
+    )
+    if clients > MAX_CLIENTS:
+        caption += f"; the first {MAX_CLIENTS} are shown, {clients - MAX_CLIENTS} are left out"
+    table = Table(title="Samples by client and class", caption=Text(caption + "."), box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
+    table.title_justify = table.caption_justify = "left"
+    for name in ("client", "size", "classes", *(map(str, range(classes)) if narrow else ())):
+        table.add_column(name, justify="right", overflow="fold")
+    if not narrow:
+        table.add_column("largest (label: count)", overflow="fold")
+    for client, row in enumerate(counts[:MAX_CLIENTS]):
+        cells = [str(count or "·") for count in row] if narrow else [_largest(row)]
+        table.add_row(str(client), str(sizes[client]), str(np.count_nonzero(row)), *cells)
+    return table
+
+
+def write_partition_picture(label_counts: Sequence[Sequence[int]], title: str, path: Path) -> None:
+    """Write clients × classes as `path`, whose suffix (.svg or .png) says the format."""
+    form = path.suffix.lower().removeprefix(".")
+    if form not in ("svg", "png"):
+        raise ValueError(f"a partition is drawn as .svg or .png, got {path.name!r}; choose one of these suffixes")
+    write_atomically(path, figures.draw_partition(label_counts, title, form))
+
+
+def _largest(row: "np.ndarray[tuple[int], np.dtype[np.int64]]", shown: int = 4) -> str:
+    """A client's largest classes, ties by label: "3: 120, 17: 80 and 2 more"."""
+    order = [int(label) for label in np.argsort(-row, kind="stable") if row[label]]
+    more = f" and {len(order) - shown} more" if len(order) > shown else ""
+    return ", ".join(f"{label}: {row[label]}" for label in order[:shown]) + more

@@ -1,0 +1,266 @@
+"""What a run left behind, read back: events, summaries, and what several seeds say together.
+
+Everything that is shown of a run is drawn from these files alone, so that it can be drawn again.
+"""
+
+import json
+import math
+import os
+import re
+import statistics
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One finished (α, seed, strategy); a line of the run's own `metrics.jsonl` is `dataclasses.asdict` of it.
+
+    rounds: the last round that has an event. final_accuracy, last5_accuracy, target_accuracy: in [0, 1]; the last
+    server evaluation (not the best one) and the mean of the last five. rounds_to_target: the first evaluated round at
+    or above the target, None if none is. seconds, bytes_down, bytes_up: summed over all phases. scope_distance: nats,
+    the last round's sum over layers; None if no client sent a scope then or a layer's distance is not finite.
+    """
+
+    alpha: float
+    seed: int
+    strategy: str
+    rounds: int
+    final_accuracy: float
+    last5_accuracy: float
+    rounds_to_target: int | None
+    target_accuracy: float
+    seconds: float
+    bytes_down: int
+    bytes_up: int
+    scope_distance: float | None
+    model_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyResult:
+    """What one strategy logged in one federation; `summary` is None as long as it is not finished."""
+
+    events: tuple[Event, ...]
+    summary: Summary | None
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """One partition of the data, with what every strategy made of it; `partition` is None before it was drawn."""
+
+    alpha: float
+    seed: int
+    partition: dict[str, Any] | None
+    results: dict[str, StrategyResult]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder: its config and one federation for every (α, seed), in the config's order."""
+
+    name: str
+    config: dict[str, Any]
+    federations: tuple[Federation, ...]
+
+    @property
+    def strategies(self) -> list[str]:
+        """The strategies in the config's order; the first is the one that others are compared with."""
+        return as_list(self.config["strategies"])
+
+    @property
+    def alphas(self) -> list[float]:
+        """The distinct Dirichlet α, in the config's order."""
+        return list(dict.fromkeys(federation.alpha for federation in self.federations))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The distinct seeds, in the config's order."""
+        return list(dict.fromkeys(federation.seed for federation in self.federations))
+
+    def results(self, alpha: float, strategy: str) -> list[StrategyResult]:
+        """What the strategy logged at this α, one result a seed."""
+        return [federation.results[strategy] for federation in self.federations if federation.alpha == alpha]
+
+    def summaries(self, strategy: str, alpha: float | None = None) -> list[Summary]:
+        """The finished results of a strategy, of one α or of all."""
+        alphas = self.alphas if alpha is None else [alpha]
+        return [result.summary for a in alphas for result in self.results(a, strategy) if result.summary]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Final accuracy of `strategy` − `baseline` at one α, paired by seed: same partition, start and cohorts.
+
+    mean, half_width: in accuracy (1 = 100 percentage points), 95 % Student-t interval over n seeds; None for n = 1.
+    """
+
+    alpha: float
+    strategy: str
+    baseline: str
+    n: int
+    mean: float
+    half_width: float | None
+
+
+def as_list(value: Any) -> list[Any]:
+    """A config value that may be one or a list of several."""
+    return list(value) if isinstance(value, list) else [value]
+
+
+def read_lines(path: Path) -> list[Event]:
+    """All JSON objects of a .jsonl file; none if there is no file. A last line torn by a kill is left out."""
+    if not path.exists():
+        return []
+    *lines, tail = path.read_bytes().split(b"\n")
+    events = [_parse(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    try:
+        return [*events, _parse(tail, path, len(lines) + 1)] if tail.strip() else events
+    except ValueError:  # no newline at its end: the writer was stopped in the middle of it
+        return events
+
+
+def read_events(path: Path) -> list[Event]:
+    """A strategy's events; of a (round, phase) logged again after a resume, the later line counts."""
+    return list({(event["round"], event["phase"]): event for event in read_lines(path)}.values())
+
+
+def server_accuracy(events: Sequence[Event]) -> dict[int, float]:
+    """Round → accuracy of the global model on the server's test split, in [0, 1]."""
+    evaluations = {e["round"]: e["metrics"] for e in events if e["phase"] == "evaluate-server"}
+    return {number: metrics["accuracy"] for number, metrics in evaluations.items() if "accuracy" in metrics}
+
+
+def scope_distances(events: Sequence[Event]) -> dict[int, dict[str, float]]:
+    """Round → layer → Σ_k p_k KL(client k ‖ fused) in nats; rounds without a scope are left out."""
+    trained = [event for event in events if event["phase"] == "train" and event.get("scope_distance")]
+    return {e["round"]: dict(zip(e["layers"], map(_number, e["scope_distance"]), strict=True)) for e in trained}
+
+
+def summarize(
+    strategy_dir: Path, *, alpha: float, seed: int, strategy: str, target_accuracy: float, model_sha256: str
+) -> Summary:
+    """Sum up what a finished strategy logged under `strategy_dir/metrics.jsonl`."""
+    if not 0 < target_accuracy <= 1:
+        raise ValueError(f"target accuracy must be in (0, 1], got {target_accuracy!r}; 0.8 means 80 %")
+    events = read_events(strategy_dir / "metrics.jsonl")
+    accuracy = server_accuracy(events)
+    if not accuracy:
+        raise ValueError(f"{strategy_dir / 'metrics.jsonl'} has no server evaluation; evaluate at least the last round")
+    rounds = max(event["round"] for event in events)
+    values = [accuracy[r] for r in sorted(accuracy)]
+    distance = math.fsum(scope_distances(events).get(rounds, {"": math.nan}).values())
+    return Summary(
+        alpha=alpha,
+        seed=seed,
+        strategy=strategy,
+        rounds=rounds,
+        final_accuracy=values[-1],
+        last5_accuracy=statistics.fmean(values[-5:]),
+        rounds_to_target=min((r for r, value in accuracy.items() if value >= target_accuracy), default=None),
+        target_accuracy=target_accuracy,
+        seconds=math.fsum(event.get("seconds", 0.0) for event in events),
+        bytes_down=sum(event.get("bytes_down", 0) for event in events),
+        bytes_up=sum(event.get("bytes_up", 0) for event in events),
+        scope_distance=distance if math.isfinite(distance) else None,
+        model_sha256=model_sha256,
+    )
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run folder, finished or not; a strategy that has not begun has no events and no summary."""
+    config_file = run_dir / "config.toml"
+    if not config_file.is_file():
+        raise ValueError(f"{run_dir} is not a run folder: it has no config.toml; give the folder that a run wrote")
+    config = tomllib.loads(config_file.read_text(encoding="utf-8"))
+    for key in ("strategies", "alpha", "seed"):
+        if key not in config:
+            raise ValueError(f"{config_file} has no '{key}'; give the complete config.toml that a run wrote")
+    lines = read_lines(run_dir / "metrics.jsonl")
+    summaries = {(s.alpha, s.seed, s.strategy): s for s in (_summary(line) for line in lines)}
+    pairs = dict.fromkeys((float(a), int(s)) for a in as_list(config["alpha"]) for s in as_list(config["seed"]))
+    folders = _federation_folders(run_dir) if len(pairs) > 1 else dict.fromkeys(pairs, run_dir)
+    federations = []
+    for alpha, seed in pairs:
+        folder = folders.get((alpha, seed))
+        results = {
+            name: StrategyResult(
+                tuple(read_events(folder / name / "metrics.jsonl")) if folder else (),
+                summaries.get((alpha, seed, name)),
+            )
+            for name in as_list(config["strategies"])
+        }
+        federations.append(Federation(alpha, seed, _read_partition(folder), results))
+    return Run(str(config.get("name") or run_dir.resolve().name), config, tuple(federations))
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half width of its 95 % Student-t interval, t_{0.975, n−1} · s/√n; no interval (None) for one value."""
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"an interval needs at least one value and finite ones only, got {list(values)}")
+    n = len(values)
+    if n == 1:
+        return float(values[0]), None
+    from scipy.special import stdtrit  # not scipy.stats, which takes ten times as long to import
+
+    return statistics.fmean(values), float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+
+
+def paired_differences(run: Run) -> list[Difference]:
+    """Every other strategy against the first, per α, over the seeds for which both are finished."""
+    baseline, *others = run.strategies
+    differences = []
+    for alpha in run.alphas:
+        reference = {summary.seed: summary.final_accuracy for summary in run.summaries(baseline, alpha)}
+        for strategy in others:
+            paired = [s for s in run.summaries(strategy, alpha) if s.seed in reference]
+            if paired:
+                mean, half_width = mean_interval([s.final_accuracy - reference[s.seed] for s in paired])
+                differences.append(Difference(alpha, strategy, baseline, len(paired), mean, half_width))
+    return differences
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file at once: a reader sees the old content or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parse(line: bytes, path: Path, number: int) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise ValueError(f"{path}, line {number} is not a JSON object: {line[:60]!r}; remove the line or run again")
+    return event
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _summary(line: Event) -> Summary:
+    names = [field.name for field in fields(Summary)]
+    if missing := [name for name in names if name not in line]:
+        raise ValueError(f"a summary line lacks {', '.join(missing)}: {line}; it was not written by summarize()")
+    return Summary(**{name: line[name] for name in names})
+
+
+def _federation_folders(run_dir: Path) -> dict[tuple[float, int], Path]:
+    matches = [(re.fullmatch(r"alpha-(.+)_seed-(\d+)", folder.name), folder) for folder in run_dir.iterdir()]
+    return {(float(match[1]), int(match[2])): folder for match, folder in matches if match}
+
+
+def _read_partition(folder: Path | None) -> dict[str, Any] | None:
+    path = folder / "partition.json" if folder else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None

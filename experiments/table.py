@@ -1,0 +1,160 @@
+"""The numbers of a run as tables. The terminal and the report show the same cells, which are made here."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import box
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from experiments.results import Run, Summary, mean_interval, paired_differences
+
+NONE = "–"
+NOT_FINISHED = "not finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A table before it has a medium: one header and rows of equal length, the first column being names."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+
+def summary_cells(run: Run) -> Cells:
+    """One federation: its strategies' summaries. Several: final accuracy by α over seeds, and what it cost."""
+    return _one_federation(run) if len(run.federations) == 1 else _many_federations(run)
+
+
+def difference_cells(run: Run) -> Cells | None:
+    """Every other strategy against the first, in percentage points; None with a single seed or nothing to compare."""
+    differences = {(d.strategy, d.alpha): d for d in paired_differences(run)}
+    if len(run.seeds) == 1 or not differences:
+        return None
+    baseline, *others = run.strategies
+    rows = []
+    for strategy in others:
+        found = [differences.get((strategy, alpha)) for alpha in run.alphas]
+        cells = [_plus_minus(d.mean, d.half_width, d.n, len(run.seeds), "+.1f") if d else NOT_FINISHED for d in found]
+        rows.append((strategy, *cells))
+    return Cells(
+        f"Final accuracy against {baseline} (percentage points)",
+        ("strategy", *(f"α = {alpha:g}" for alpha in run.alphas)),
+        tuple(rows),
+        f"Mean difference ± half width of its 95 % t interval over {len(run.seeds)} seeds. Differences are taken seed "
+        "by seed: same partition, same start, same cohorts. Not corrected for the number of comparisons.",
+    )
+
+
+def summary_table(run: Run) -> Table:
+    """The result of a run for a terminal of 80 columns or more."""
+    return rich_table(summary_cells(run))
+
+
+def rich_table(cells: Cells) -> Table:
+    """Cells as a rich table for 80 columns: what is too long wraps, between words where it can; nothing is cut off."""
+    table = Table(title=Text(cells.title + "\n"), caption=Text("\n" + cells.note), box=box.SIMPLE_HEAD, show_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    columns = list(zip(cells.header, *cells.rows, strict=True))
+    for index, (column, width) in enumerate(zip(columns, _widths(columns), strict=True)):
+        justify: Literal["left", "right"] = "right" if index else "left"
+        table.add_column(Text(column[0]), justify=justify, overflow="fold", vertical="bottom", width=width)
+    for row in cells.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _widths(columns: Sequence[Sequence[str]], total: int = 80, gap: int = 2) -> list[int | None]:
+    """Widths at which no word breaks, narrowing what can be wrapped most; None each where words alone are too wide.
+
+    Rich narrows the widest column first, which breaks a name to keep a header on one line.
+    """
+    widths = [max(map(cell_len, column)) for column in columns]
+    words = [max(cell_len(word) for cell in column for word in cell.split()) for column in columns]
+    while sum(widths) + gap * (len(widths) - 1) > total:
+        slack = [width - word for width, word in zip(widths, words, strict=True)]
+        if max(slack) == 0:
+            return [None] * len(widths)
+        widths[slack.index(max(slack))] -= 1
+    return list(widths)
+
+
+def decimal_column(values: Sequence[float | None]) -> list[str]:
+    """One column of numbers ≥ 0 with as many decimals as the largest needs for three digits; "–" for None."""
+    largest = max((value for value in values if value is not None), default=0.0)
+    decimals = next((d for d, limit in enumerate((100.0, 10.0, 1.0)) if largest >= limit), 3)
+    return [NONE if value is None else f"{value:,.{decimals}f}" for value in values]
+
+
+def _one_federation(run: Run) -> Cells:
+    federation = run.federations[0]
+    found = [federation.results[name].summary for name in run.strategies]
+    costs = zip(*_costs([[summary] if summary else [] for summary in found]), strict=True)
+    rows = []
+    for name, summary, cost in zip(run.strategies, found, costs, strict=True):
+        if summary is None:
+            rows.append((name, NOT_FINISHED, NONE, NONE, *cost, NONE))
+            continue
+        reached = NONE if summary.rounds_to_target is None else str(summary.rounds_to_target)
+        distance = NONE if summary.scope_distance is None else f"{summary.scope_distance:.3g}"
+        accuracies = (f"{100 * value:.1f}" for value in (summary.final_accuracy, summary.last5_accuracy))
+        rows.append((name, *accuracies, reached, *cost, distance))
+    target = run.config.get("target-accuracy")
+    return Cells(
+        f"{run.name}: α = {federation.alpha:g}, seed {federation.seed}",
+        (
+            "strategy",
+            "final accuracy (%)",
+            "mean of last five (%)",
+            "rounds to target" if target is None else f"rounds to {100 * target:g} %",
+            "seconds",
+            "MB up",
+            "MB down",
+            "scope distance (nats)",
+        ),
+        tuple(rows),
+        "Accuracy of the global model on the test split, after the last round and not at its best. Scope distance: "
+        "last round, summed over layers. 1 MB = 10⁶ bytes of payload.",
+    )
+
+
+def _many_federations(run: Run) -> Cells:
+    seeds = len(run.seeds)
+    costs = zip(*_costs([run.summaries(name) for name in run.strategies]), strict=True)
+    rows = []
+    for name, cost in zip(run.strategies, costs, strict=True):
+        accuracies = [[s.final_accuracy for s in run.summaries(name, alpha)] for alpha in run.alphas]
+        cells = [_plus_minus(*mean_interval(a), len(a), seeds) if a else NOT_FINISHED for a in accuracies]
+        rows.append((name, *cells, *cost))
+    over = f"mean ± half width of the 95 % t interval over n = {seeds} seeds" if seeds > 1 else f"seed {run.seeds[0]}"
+    return Cells(
+        f"{run.name}: final accuracy (%), {over}",
+        ("strategy", *(f"α = {alpha:g}" for alpha in run.alphas), "seconds", "MB up", "MB down"),
+        tuple(rows),
+        "Accuracy of the global model on the test split, after the last round and not at its best. Seconds and MB: "
+        "mean of one federation. 1 MB = 10⁶ bytes of payload.",
+    )
+
+
+def _costs(groups: Sequence[Sequence[Summary]]) -> list[list[str]]:
+    """Columns of seconds, MB up and MB down: the mean over each group, "–" for an empty one."""
+
+    def column(values: Iterable[list[float]]) -> list[str]:
+        return decimal_column([mean_interval(group)[0] if group else None for group in values])
+
+    return [
+        column([s.seconds for s in group] for group in groups),
+        column([s.bytes_up / 1e6 for s in group] for group in groups),
+        column([s.bytes_down / 1e6 for s in group] for group in groups),
+    ]
+
+
+def _plus_minus(mean: float, half_width: float | None, n: int, seeds: int, form: str = ".1f") -> str:
+    """Percent with its interval; n is named where seeds are still missing."""
+    spread = "" if half_width is None else f" ± {100 * half_width:.1f}"
+    return f"{100 * mean:{form}}{spread}" + (f" (n={n})" if n < seeds else "")

@@ -1,0 +1,117 @@
+"""What stands in a message between server and client; the only place where its keys are named.
+
+A train or evaluate message holds
+
+* ``arrays`` (ArrayRecord): the model's state dict;
+* ``config`` (ConfigRecord): ``server-round``, ``schema-version`` and, where a strategy aligns weight scopes,
+  the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
+  ``scope-mode`` and ``scope-reduction``.
+
+A reply holds ``arrays`` (training only) and ``metrics`` (MetricRecord): ``num-examples``, the weight of the client;
+``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training also the scope of the weights that it sends,
+``scope-means`` and ``scope-variances``, one number a layer in the order of the layers in ``arrays``. A client that
+sends no scope counts for the model and not for the fusion of scopes.
+"""
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+from fedwsa import arrays as flower_arrays
+from fedwsa.scope import WeightScope
+
+SCHEMA_VERSION = 1
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
+SERVER_ROUND, VERSION = "server-round", "schema-version"
+SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
+SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"
+
+MAX_EXAMPLES = 10**9  # of one client; more is taken for a mistake or an attack
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Target scope and how strongly the clients train towards it."""
+
+    target: WeightScope
+    strength: float
+    mode: str
+    reduction: str
+
+
+def pack_alignment(alignment: Alignment) -> dict[str, Any]:
+    """Entries of the train message's ConfigRecord."""
+    return {
+        SCOPE_NAMES: list(alignment.target.names),
+        SCOPE_MEANS: alignment.target.means.tolist(),
+        SCOPE_VARIANCES: alignment.target.variances.tolist(),
+        SCOPE_STRENGTH: alignment.strength,
+        SCOPE_MODE: alignment.mode,
+        SCOPE_REDUCTION: alignment.reduction,
+    }
+
+
+def unpack_alignment(config: ConfigRecord) -> Alignment | None:
+    """The alignment that a train message asks for, if any."""
+    if SCOPE_NAMES not in config:
+        return None
+    entries = cast(Mapping[str, Any], config)
+    return Alignment(
+        target=WeightScope(
+            tuple(entries[SCOPE_NAMES]),
+            torch.tensor(entries[SCOPE_MEANS], dtype=torch.float64),
+            torch.tensor(entries[SCOPE_VARIANCES], dtype=torch.float64),
+        ),
+        strength=float(entries[SCOPE_STRENGTH]),
+        mode=str(entries[SCOPE_MODE]),
+        reduction=str(entries[SCOPE_REDUCTION]),
+    )
+
+
+def layer_names(record: ArrayRecord) -> tuple[str, ...]:
+    """Names of the layers, the arrays that have a scope, in the record's order."""
+    return tuple(name for name, array in record.items() if len(array.shape) >= 2 and array.dtype.startswith("float"))
+
+
+def pack_scope(scope: WeightScope) -> dict[str, list[float]]:
+    """Entries of the reply's MetricRecord."""
+    return {SCOPE_MEANS: scope.means.tolist(), SCOPE_VARIANCES: scope.variances.tolist()}
+
+
+def take_scope(metrics: MutableMapping[str, Any], names: tuple[str, ...]) -> WeightScope | None:
+    """Take a reply's scope out of its metrics; None where it has none or one for other layers than `names`."""
+    means, variances = metrics.pop(SCOPE_MEANS, None), metrics.pop(SCOPE_VARIANCES, None)
+    if not (isinstance(means, list) and isinstance(variances, list) and len(means) == len(variances) == len(names)):
+        return None
+    return WeightScope(names, torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64))
+
+
+def check_version(config: ConfigRecord) -> None:
+    """ValueError if the server speaks another version; a server that names none is taken as a stock Flower one."""
+    version = config.get(VERSION, SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{VERSION} = {version!r}: this client speaks {SCHEMA_VERSION}; install the same fedwsa on server and clients"
+        )
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Logical size of a message: the numbers and texts it holds, without keys, headers or compression."""
+    total = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += flower_arrays.num_bytes(record)
+        else:
+            total += sum(_value_bytes(value) for value in record.values())
+    return total
+
+
+def _value_bytes(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(_value_bytes(item) for item in value)
+    return len(value.encode() if isinstance(value, str) else value) if isinstance(value, str | bytes) else 8

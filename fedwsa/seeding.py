@@ -1,0 +1,30 @@
+"""One stream of random numbers per purpose, so that a draw added in one place moves nothing elsewhere."""
+
+import numpy as np
+import torch
+
+PURPOSES = (  # append only: a purpose's position is part of its seed
+    "server-split",
+    "partition",
+    "model",
+    "cohort",
+    "evaluation-cohort",
+    "client",
+    "np-merge",
+    "validation",
+)
+
+
+def generator(seed: int, purpose: str, server_round: int = 0, partition_id: int = 0) -> np.random.Generator:
+    """NumPy generator for one purpose; equal arguments give equal streams, different ones independent streams."""
+    return np.random.default_rng([seed, PURPOSES.index(purpose), server_round, partition_id])
+
+
+def torch_seed(seed: int, purpose: str, server_round: int = 0, partition_id: int = 0) -> int:
+    """Seed in [0, 2⁶³) for PyTorch, drawn from `generator` with the same arguments."""
+    return int(generator(seed, purpose, server_round, partition_id).integers(2**63))
+
+
+def torch_generator(seed: int, purpose: str, server_round: int = 0, partition_id: int = 0) -> torch.Generator:
+    """CPU generator of PyTorch, seeded by `torch_seed`."""
+    return torch.Generator().manual_seed(torch_seed(seed, purpose, server_round, partition_id))

@@ -1,0 +1,70 @@
+"""Simulated federations: any Flower ServerApp and ClientApp, unchanged, on this machine's cores."""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedwsa.simulation.engine import Engine, InProcessEngine, Population, RunConfig, identify
+from fedwsa.simulation.grid import SimulationGrid
+
+__all__ = ["Engine", "open_engine", "simulate"]
+
+ENGINES = ("inprocess", "ray")
+
+
+@contextmanager
+def open_engine(
+    name: str = "ray", *, workers: int = 0, threads_per_client: int = 1, start_here: bool = False
+) -> Iterator[Engine]:
+    """An engine for as many simulations as one likes, closed at the end.
+
+    name: `inprocess` (the clients one after another, here) or `ray` (persistent actors side by side).
+    workers: clients that compute at the same time (`ray` only); 0: one a core.
+    threads_per_client: PyTorch threads of each; the results depend on it, not on `workers`.
+    start_here: (`ray` only) let this process answer while the workers start.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"engine = {name!r}: allowed are {', '.join(ENGINES)}")
+    engine: Engine
+    if name == "ray":  # Ray is imported only where it is used: it takes 0.3 s
+        module = importlib.import_module("fedwsa.simulation.ray_engine")
+        engine = module.RayEngine(workers, threads_per_client, start_here=start_here)
+    else:
+        engine = InProcessEngine(threads_per_client)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def simulate(
+    server_app: ServerApp,
+    client_app: ClientApp,
+    num_clients: int,
+    *,
+    engine: Engine | str = "ray",
+    run_config: RunConfig | None = None,
+) -> Context:
+    """Run a federation: `server_app` against `num_clients` clients that run `client_app`.
+
+    The clients see `partition-id` (0 … num_clients − 1) and `num-partitions` in their node config, and both apps see
+    `run_config`. engine: an open one, or the name of one to open for this simulation alone.
+    Returns the server's context after the run; what the ServerApp raises is raised here.
+    """
+    if not num_clients >= 1:
+        raise ValueError(f"num_clients must be ≥ 1, got {num_clients!r}")
+    if isinstance(engine, str):
+        with open_engine(engine) as opened:
+            return simulate(server_app, client_app, num_clients, engine=opened, run_config=run_config)
+    identify()
+    config = dict(run_config or {})
+    engine.begin(Population(client_app, num_clients, config))
+    grid = SimulationGrid(engine, num_clients)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    server_app(grid, context)
+    grid.finish()
+    return context

@@ -1,0 +1,90 @@
+"""FedAvg, streaming. McMahan et al., arXiv 1602.05629, algorithm 1."""
+
+from collections.abc import Iterable
+from typing import Self
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedwsa import messages
+from fedwsa.config import Config
+from strategies.aggregation import MeanMetrics, MeanModel, ScopeStatistics, weight_of
+from strategies.holdout import Holdout
+from strategies.sampling import broadcast, draw, each
+
+
+class FedAvg(Strategy):
+    """Mean of the cohort's models, weighted by their numbers of examples.
+
+    Unlike Flower's own, it draws cohorts from an explicit seed, keeps one sum instead of all replies, and records the
+    clients' weight scopes.
+
+    cohort, evaluation_cohort: clients that train and that evaluate in a round; 0 evaluates nowhere.
+    timeout: seconds to wait for that many clients to be connected.
+    """
+
+    def __init__(self, cohort: int, *, seed: int, evaluation_cohort: int = 0, timeout: float = 600.0) -> None:
+        self.cohort = cohort
+        self.evaluation_cohort = evaluation_cohort
+        self.seed = seed
+        self.timeout = timeout
+
+    @classmethod
+    def from_config(cls, config: Config, holdout: Holdout) -> Self:
+        """As a run's config says; the server's held-out samples are not used."""
+        return cls(
+            config.cohort, seed=config.seed[0], evaluation_cohort=config.evaluation_cohort, timeout=config.timeout
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The model to a cohort drawn from (seed, round)."""
+        nodes = self._draw(grid, self.cohort, "cohort", server_round)
+        return broadcast(nodes, MessageType.TRAIN, server_round, arrays, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Weighted means of models and metrics, and the scopes' fusion and distance where clients sent scopes."""
+        model, metrics, scopes = MeanModel(), MeanMetrics(), ScopeStatistics()
+        for reply in each(replies):
+            arrays, own = reply.content.array_records[messages.ARRAYS], reply.content.metric_records[messages.METRICS]
+            scopes.take(arrays, own)
+            model.add(arrays, weight_of(own))
+            metrics.add(own, weight_of(own))
+        if not model.weight:
+            return None, None
+        return model.record(), MetricRecord({**metrics.record(), **scopes.metrics(scopes.fused())})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The model to a cohort of its own."""
+        if not self.evaluation_cohort:
+            return []
+        nodes = self._draw(grid, self.evaluation_cohort, "evaluation-cohort", server_round)
+        return broadcast(nodes, MessageType.EVALUATE, server_round, arrays, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Weighted means of the clients' metrics."""
+        metrics = MeanMetrics()
+        for reply in each(replies):
+            own = reply.content.metric_records[messages.METRICS]
+            metrics.add(own, weight_of(own))
+        return metrics.record() if metrics.sums else None
+
+    def summary(self) -> None:
+        """Flower's log; the run folder has it all."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What `load_state` needs to go on from here: nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+
+    def _draw(self, grid: Grid, size: int, purpose: str, server_round: int) -> list[int]:
+        return draw(grid, size, seed=self.seed, purpose=purpose, server_round=server_round, timeout=self.timeout)

@@ -1,0 +1,144 @@
+"""The one gate that every reply passes before any strategy, ours or Flower's, sees it.
+
+Flower's FedAvg takes NaN and a negative weight, and one wrong shape or key ends its run.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedwsa import messages
+from fedwsa.arrays import NumpyArray, view
+from fedwsa.errors import RunError
+from strategies.sampling import each
+
+
+class NoUsableReplyError(RunError):
+    """A training round in which no client gave a reply that can be used."""
+
+
+class Gate(Strategy):
+    """Any strategy, shielded from replies that would poison or end its run; wrap it outermost.
+
+    A reply passes if it answers this round's message, carries one model with the names, shapes and types that were
+    sent and finite numbers, and one metric record with finite values and 0 < num-examples ≤ 10⁹. Others are left out;
+    `failures` says why, one line each, for the phase that ended last.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.failures: list[str] = []
+        self.usable = 0
+        self._sent: dict[int, int] = {}  # messages by node
+        self._layout: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """What the wrapped strategy sends, marked with the round."""
+        self._layout = {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}
+        return self._marked(server_round, self.strategy.configure_train(server_round, arrays, config, grid))
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the wrapped strategy makes of the usable replies; NoUsableReplyError if there is none."""
+        return self.strategy.aggregate_train(server_round, self._passed(server_round, replies, training=True))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """What the wrapped strategy sends, marked with the round."""
+        return self._marked(server_round, self.strategy.configure_evaluate(server_round, arrays, config, grid))
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """What the wrapped strategy makes of the usable replies."""
+        return self.strategy.aggregate_evaluate(server_round, self._passed(server_round, replies, training=False))
+
+    def summary(self) -> None:
+        """As the wrapped strategy does."""
+        self.strategy.summary()
+
+    def state(self) -> dict[str, Tensor]:
+        """The wrapped strategy's."""
+        state: dict[str, Tensor] = self.strategy.state()  # type: ignore[attr-defined]
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The wrapped strategy's."""
+        self.strategy.load_state(state)  # type: ignore[attr-defined]
+
+    def _marked(self, server_round: int, outgoing: Iterable[Message]) -> list[Message]:
+        marked = list(outgoing)
+        for message in marked:
+            message.metadata.group_id = str(server_round)  # a reply inherits it
+        self._sent = {message.metadata.dst_node_id: server_round for message in marked}
+        self.failures, self.usable = [], 0
+        return marked
+
+    def _passed(self, server_round: int, replies: Iterable[Message], *, training: bool) -> Iterator[Message]:
+        received = 0
+        for reply in each(replies):
+            received += 1
+            fault = _fault(reply, server_round, self._layout if training else None)
+            if fault is None:
+                self.usable += 1
+                yield reply
+            else:
+                self.failures.append(f"node {reply.metadata.src_node_id}: {fault}")
+        if missing := len(self._sent) - received:
+            self.failures.append(f"{missing} of {len(self._sent)} clients did not reply in time")
+        if training and self._sent and not self.usable:
+            raise NoUsableReplyError(
+                f"round {server_round}: none of {len(self._sent)} clients gave a usable reply; {self.failures[0]}"
+            )
+
+
+def _fault(reply: Message, server_round: int, layout: Mapping[str, tuple[tuple[int, ...], str]] | None) -> str | None:
+    """Why a reply cannot be used, or None. layout: shape and type by name, for a reply that carries a model."""
+    if reply.has_error():
+        lines = (reply.error.reason or "").strip().splitlines()
+        return f"error {reply.error.code}: {lines[-1] if lines else 'no reason given'}"
+    if reply.metadata.group_id != str(server_round):
+        return f"answers round {reply.metadata.group_id!r}, not {server_round}"
+    if list(reply.content.metric_records) != [messages.METRICS]:
+        return f"metric records are {sorted(reply.content.metric_records)}, not [{messages.METRICS!r}]"
+    if fault := _metrics_fault(reply.content.metric_records[messages.METRICS]):
+        return fault
+    if layout is None:
+        return None
+    if list(reply.content.array_records) != [messages.ARRAYS]:
+        return f"array records are {sorted(reply.content.array_records)}, not [{messages.ARRAYS!r}]"
+    return _arrays_fault(reply.content.array_records[messages.ARRAYS], layout)
+
+
+def _metrics_fault(metrics: MetricRecord) -> str | None:
+    examples = metrics.get(messages.NUM_EXAMPLES)
+    if not (isinstance(examples, int | float) and 0 < examples <= messages.MAX_EXAMPLES):
+        return f"{messages.NUM_EXAMPLES} is {examples!r}, not a number in (0, {messages.MAX_EXAMPLES}]"
+    for key, value in metrics.items():
+        if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
+            return f"metric {key!r} is not finite"
+    return None
+
+
+def _arrays_fault(arrays: ArrayRecord, layout: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
+    """Also puts the decoded numbers in place of bytes, so that nobody decodes them again."""
+    if unlike := layout.keys() ^ arrays.keys():
+        return f"array names differ: {sorted(unlike)}"
+    for name, (shape, dtype) in layout.items():
+        try:
+            values = view(arrays[name])
+        except Exception as error:  # whatever bytes may do to np.load
+            return f"{name}: not a readable array ({error})"
+        if values.shape != shape or str(values.dtype) != dtype:
+            return f"{name}: {values.dtype} {values.shape}, sent was {dtype} {shape}"
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return f"{name}: not finite"
+        arrays[name] = NumpyArray(values)
+    return None

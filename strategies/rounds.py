@@ -1,0 +1,129 @@
+"""The round loop: one strategy from its start, or its last checkpoint, to its final model."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedwsa import messages
+from fedwsa.arrays import pack, unpack
+from fedwsa.config import Config
+from fedwsa.run_folder import StrategyFolder
+from strategies.aggregation import SCOPE_DISTANCE
+from strategies.gate import Gate
+from strategies.sampling import each
+
+Event = dict[str, Any]
+Notify = Callable[[str, Event], None]
+Evaluate = Callable[[ArrayRecord], Event]
+
+SHOWN_FAILURES = 20  # of a phase, in metrics.jsonl
+
+
+@dataclass(slots=True)
+class _Traffic:
+    """Logical payload of a phase, counted as it passes."""
+
+    down: int = 0
+    up: int = 0
+    clients: int = 0
+
+    def sent(self, outgoing: Iterable[Message]) -> list[Message]:
+        """Messages of one broadcast share their content: each content is sized once."""
+        sizes: dict[int, int] = {}
+        outgoing = list(outgoing)
+        for message in outgoing:
+            key = id(message.content)
+            if key not in sizes:
+                sizes[key] = messages.payload_bytes(message.content)
+            self.down += sizes[key]
+        self.clients = len(outgoing)
+        return outgoing
+
+    def received(self, replies: Iterable[Message]) -> Iterator[Message]:
+        for reply in each(replies):
+            if reply.has_content():
+                self.up += messages.payload_bytes(reply.content)
+            yield reply
+
+
+@dataclass(slots=True)
+class Rounds:
+    """Runs one strategy; every event goes to the folder's metrics.jsonl and to `notify`."""
+
+    name: str
+    strategy: Gate
+    grid: Grid
+    config: Config
+    folder: StrategyFolder
+    evaluate: Evaluate
+    notify: Notify
+    _traffic: _Traffic = field(default_factory=_Traffic)
+
+    def run(self, initial: Mapping[str, Tensor]) -> None:
+        """From round 1, or from after the last checkpoint; at the end `final.safetensors` stands."""
+        checkpoint = self.folder.resume()
+        if checkpoint is None:
+            last_round, arrays = 0, pack(initial)
+            self._record({"round": 0, **self.evaluate(arrays)})
+        else:
+            last_round = checkpoint.server_round
+            arrays = pack({name: checkpoint.model[name] for name in initial})  # in the model's own order
+            self.strategy.load_state(checkpoint.strategy_state)
+        for server_round in range(last_round + 1, self.config.rounds + 1):
+            arrays = self._train(server_round, arrays)
+            self._evaluate_clients(server_round, arrays)
+            if server_round % self.config.evaluate_every == 0 or server_round == self.config.rounds:
+                self._record({"round": server_round, **self.evaluate(arrays)})
+            if server_round % self.config.checkpoint_every == 0:
+                self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state())
+        self.folder.save_final(unpack(arrays))
+
+    def _train(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
+        start = time.perf_counter()
+        outgoing = self.strategy.configure_train(server_round, arrays, ConfigRecord(), self.grid)
+        updated, metrics = self.strategy.aggregate_train(server_round, self._replies(outgoing))
+        self._record_phase("train", server_round, metrics, start, messages.layer_names(arrays))
+        return arrays if updated is None else updated
+
+    def _evaluate_clients(self, server_round: int, arrays: ArrayRecord) -> None:
+        start = time.perf_counter()
+        outgoing = list(self.strategy.configure_evaluate(server_round, arrays, ConfigRecord(), self.grid))
+        if outgoing:
+            metrics = self.strategy.aggregate_evaluate(server_round, self._replies(outgoing))
+            self._record_phase("evaluate-clients", server_round, metrics, start)
+
+    def _replies(self, outgoing: Iterable[Message]) -> Iterator[Message]:
+        self._traffic = _Traffic()
+        sent = self._traffic.sent(outgoing)
+        return self._traffic.received(self.grid.send_and_receive(sent, timeout=self.config.timeout))
+
+    def _record_phase(
+        self, phase: str, server_round: int, metrics: MetricRecord | None, start: float, layers: tuple[str, ...] = ()
+    ) -> None:
+        values: dict[str, Any] = dict(metrics or {})
+        event: Event = {
+            "round": server_round,
+            "phase": phase,
+            "num_clients": self._traffic.clients,
+            "num_failed": self._traffic.clients - self.strategy.usable,
+            "metrics": {key: value for key, value in values.items() if not isinstance(value, list)},
+            "bytes_down": self._traffic.down,
+            "bytes_up": self._traffic.up,
+            "seconds": time.perf_counter() - start,
+        }
+        if SCOPE_DISTANCE in values:
+            event["layers"] = list(layers)
+            for key in (SCOPE_DISTANCE, messages.SCOPE_MEANS, messages.SCOPE_VARIANCES):
+                event[key.replace("-", "_")] = values[key]
+        if self.strategy.failures:
+            event["failures"] = self.strategy.failures[:SHOWN_FAILURES]
+        self._record(event)
+
+    def _record(self, event: Event) -> None:
+        self.folder.record(event)
+        self.notify(self.name, event)

@@ -1,0 +1,94 @@
+"""The ServerApp: each strategy of the config in turn, on the same clients, start and cohorts."""
+
+import time
+from collections.abc import Callable
+from logging import INFO
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore import log
+from torch import Tensor, nn
+
+import strategies
+from fedwsa import arrays as flower_arrays
+from fedwsa import data, models
+from fedwsa.config import Config, from_run_config
+from fedwsa.evaluation import evaluate
+from fedwsa.run_folder import CONFIG, StrategyFolder, claim, write_atomically
+from fedwsa.seeding import generator, torch_seed
+from strategies.gate import Gate
+from strategies.rounds import Event, Notify, Rounds
+
+
+def log_event(strategy: str, event: Event) -> None:
+    """One line an event in Flower's log."""
+    metrics = " ".join(f"{key}={value:.4f}" for key, value in event["metrics"].items())
+    log(INFO, "%s round %d %s: %s", strategy, event["round"], event["phase"], metrics)
+
+
+def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerApp:
+    """The ServerApp; it writes to `folder`, which the caller has claimed, or else to one that the config names."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        config = from_run_config(context.run_config)
+        if len(config.federations()) > 1:
+            raise ValueError("alpha and seed: one value each here; `fedwsa run` takes lists")
+        if folder is not None:
+            run_strategies(grid, config, folder, notify)
+            return
+        own = Path(
+            config.out_dir or Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}")
+        ).absolute()
+        release = claim(own)
+        try:
+            write_atomically(own / CONFIG, config.to_toml().encode())
+            run_strategies(grid, config, own, notify)
+        finally:
+            release()
+        log(INFO, "models and metrics are in %s", own)
+
+    return app
+
+
+def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> None:
+    """Those that have a final model are left as they are; one that was interrupted goes on from its checkpoint."""
+    torch.set_num_threads(config.threads_per_client)  # sums depend on it
+    dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
+    seed = config.seed[0]
+    held_out, _ = data.server_split(dataset.train_labels, config.server_samples, generator(seed, "server-split"))
+    model = models.build(config.model, dataset.input_shape, dataset.num_classes, torch_seed(seed, "model"))
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    holdout = strategies.Holdout(model, *dataset.train_tensors(held_out))
+    evaluate_arrays = _evaluation(model, *dataset.test_tensors())
+    for name in config.strategies:
+        strategy_folder = StrategyFolder(folder / name)
+        if strategy_folder.final.exists():
+            continue
+        gate = Gate(strategies.build(name, config, holdout))
+        Rounds(name, gate, grid, config, strategy_folder, evaluate_arrays, notify).run(
+            {name: tensor.clone() for name, tensor in initial.items()}
+        )
+
+
+def _evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[ArrayRecord], Event]:
+    """Central evaluation on the test split, which nothing else here looks at."""
+
+    def evaluate_arrays(arrays: ArrayRecord) -> Event:
+        start = time.perf_counter()
+        flower_arrays.load(model.state_dict(), arrays)
+        loss, accuracy = evaluate(model, images, labels)
+        return {
+            "phase": "evaluate-server",
+            "metrics": {"loss": loss, "accuracy": accuracy},
+            "num_examples": len(labels),
+            "seconds": time.perf_counter() - start,
+        }
+
+    return evaluate_arrays
+
+
+app = make_app()

@@ -1,0 +1,138 @@
+"""Weight scope alignment around any strategy. arXiv 2408.12237; see `fedwsa.scope` for the formulas."""
+
+from collections.abc import Iterable, Iterator
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor, stack
+
+from fedwsa import messages
+from fedwsa.arrays import unpack
+from fedwsa.config import Config
+from fedwsa.scope import WeightScope, measure
+from strategies.aggregation import ScopeStatistics
+from strategies.fedavg import FedAvg
+from strategies.holdout import Holdout
+from strategies.sampling import each
+
+
+class WeightScopeAlignment(Strategy):
+    """Any strategy, plus a target scope that goes out with the model and is fused from what comes back.
+
+    strategy: ours or Flower's; it never sees a scope.
+    strength: λ ≥ 0; 0 leaves the wrapped strategy as it is.
+    mode: `loss` adds λ·R to the clients' loss, `proximal` (ours) moves the weights after each step.
+    reduction: R is the `sum` or the `mean` of the layers' divergences.
+    target: `fused`, the clients' scopes of the round before; `initial`, the scope of the first global model for ever
+        (which is also where `fused` starts).
+    variance: how variances are fused, see `fedwsa.scope.fuse`.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        strength: float = 1.0,
+        mode: str = "loss",
+        reduction: str = "sum",
+        target: str = "fused",
+        variance: str = "mean",
+    ) -> None:
+        self.strategy = strategy
+        self.strength = strength
+        self.mode = mode
+        self.reduction = reduction
+        self.follows_clients = target == "fused"
+        self.variance = variance
+        self.target: WeightScope | None = None
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """What the wrapped strategy sends, and the target."""
+        if self.target is None:
+            self.target = _scope(arrays)
+        if self.strength > 0:
+            alignment = messages.Alignment(self.target, self.strength, self.mode, self.reduction)
+            config = ConfigRecord({**config, **messages.pack_alignment(alignment)})
+        return self.strategy.configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the wrapped strategy makes of the replies; the fused scope and its distances join the metrics."""
+        scopes = ScopeStatistics()
+        arrays, metrics = self.strategy.aggregate_train(server_round, _stripped(replies, scopes))
+        merged = _scope(arrays) if arrays and self.variance == "merged" else None
+        fused = scopes.fused(self.variance, merged) if arrays else None
+        if fused is None:
+            return arrays, metrics
+        if self.follows_clients:
+            self.target = fused
+        return arrays, MetricRecord({**(metrics or {}), **scopes.metrics(fused)})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As the wrapped strategy does."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """As the wrapped strategy does."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """As the wrapped strategy does."""
+        self.strategy.summary()
+
+    def state(self) -> dict[str, Tensor]:
+        """The target, [mean, variance] by layer, and the wrapped strategy's state (AttributeError if it has none)."""
+        target = self.target
+        own = (
+            {}
+            if target is None
+            else {
+                f"target/{name}": stack([target.means[i], target.variances[i]]) for i, name in enumerate(target.names)
+            }
+        )
+        return own | {f"wrapped/{key}": value for key, value in self.strategy.state().items()}  # type: ignore[attr-defined]
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        target = {key.removeprefix("target/"): value for key, value in state.items() if key.startswith("target/")}
+        wrapped = {key.removeprefix("wrapped/"): value for key, value in state.items() if key.startswith("wrapped/")}
+        if target:
+            means, variances = stack(list(target.values())).unbind(1)
+            self.target = WeightScope(tuple(target), means, variances)
+        self.strategy.load_state(wrapped)  # type: ignore[attr-defined]
+
+
+class FedAvgWSA(WeightScopeAlignment):
+    """The common pair: FedAvg with weight scope alignment."""
+
+    @classmethod
+    def from_config(cls, config: Config, holdout: Holdout) -> "FedAvgWSA":
+        """As a run's config says; the server's held-out samples are not used."""
+        wsa = config.wsa
+        return cls(
+            FedAvg.from_config(config, holdout),
+            strength=wsa.strength,
+            mode=wsa.mode,
+            reduction=wsa.reduction,
+            target=wsa.target,
+            variance=wsa.variance,
+        )
+
+
+def _scope(arrays: ArrayRecord) -> WeightScope:
+    layers = set(messages.layer_names(arrays))
+    return measure(unpack({name: array for name, array in arrays.items() if name in layers}))
+
+
+def _stripped(replies: Iterable[Message], scopes: ScopeStatistics) -> Iterator[Message]:
+    """Replies without their scopes: Flower's strategies demand the same metrics of every client."""
+    for reply in each(replies):
+        if reply.has_content():
+            scopes.take(reply.content.array_records[messages.ARRAYS], reply.content.metric_records[messages.METRICS])
+        yield reply
