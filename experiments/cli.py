@@ -160,6 +160,7 @@ def _value(text: str) -> Any:
 def main() -> None:
     """Console script: what a user did wrong is said in a line each, with exit status 2, without a traceback."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    sys.path.insert(0, "")  # an import path may name a module in the current folder
     try:
         app()
     except UsageError as error:

@@ -1,7 +1,6 @@
 """The main job: every federation of a config, each with all its strategies, into one run folder."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +20,17 @@ from fedwsa import models
 from fedwsa.config import Config, ConfigError
 from fedwsa.errors import UsageError
 from fedwsa.registry import lookup
-from fedwsa.run_folder import CONFIG, FINAL, METRICS, PARTITION, FolderInUseError, claim, sha256, write_atomically
+from fedwsa.run_folder import (
+    CONFIG,
+    FINAL,
+    METRICS,
+    PARTITION,
+    FolderInUseError,
+    claim,
+    new_folder,
+    sha256,
+    write_atomically,
+)
 from fedwsa.simulation import open_engine, simulate
 from strategies.server_app import make_app
 
@@ -29,7 +38,7 @@ from strategies.server_app import make_app
 def start(config: Config, console: Console) -> Path:
     """Run a config into a new folder, and show the result; returns the folder."""
     check(config)
-    folder = Path(config.out_dir or Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"))
+    folder = new_folder(config)
     with _claimed(folder):
         if (folder / CONFIG).exists():
             raise FolderInUseError(f"{folder}: holds a run already; fedwsa run --resume {folder}, or choose another")

@@ -150,7 +150,7 @@ class Config(_Section):
 
     def to_run_config(self) -> dict[str, bool | int | float | str]:
         """Flat scalars for Flower's run config; `from_run_config` of it gives an equal config."""
-        return {key: value for key, value in _flat(_plain(self.model_dump(by_alias=True)))}
+        return dict(_flat(_plain(self.model_dump(by_alias=True))))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

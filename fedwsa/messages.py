@@ -96,7 +96,8 @@ def check_version(config: ConfigRecord) -> None:
     version = config.get(VERSION, SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
         raise ValueError(
-            f"{VERSION} = {version!r}: this client speaks {SCHEMA_VERSION}; install the same fedwsa on server and clients"
+            f"{VERSION} = {version!r}: this client speaks {SCHEMA_VERSION}; "
+            "install the same fedwsa on server and clients"
         )
 
 

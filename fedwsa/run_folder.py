@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedwsa.config import Config
 from fedwsa.errors import RunError, UsageError
 
 KEEP = 2  # checkpoints of a strategy
@@ -48,6 +50,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def new_folder(config: Config) -> Path:
+    """Where a config's run goes: `out-dir`, or else `<runs-dir>/<time>-<name>`."""
+    return Path(config.out_dir or Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"))
 
 
 def claim(folder: Path) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import threading
 import traceback
 from collections import deque
@@ -46,7 +47,8 @@ class _Worker:
         self.packed = b""
         self.population: Population | None = None
 
-    def begin(self, packed: bytes) -> None:
+    def begin(self, packed: bytes, path: list[str]) -> None:
+        sys.path.extend(entry for entry in path if entry not in sys.path)
         self.packed, self.population = packed, None
 
     def handle(self, job: Job, keys: list[str], *records: ArrayRecord) -> Answer:
@@ -114,7 +116,7 @@ class RayEngine:
         except Exception as error:
             raise ValueError(f"the client app cannot be sent to the workers: {error}") from error
         for actor in self._actors:
-            actor.handle.begin.remote(self._packed)
+            actor.handle.begin.remote(self._packed, _path())
 
     def submit(self, job: Job) -> None:
         """See Engine."""
@@ -171,7 +173,7 @@ class RayEngine:
                     num_cpus=self._workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
                 )
             actors = [self._start() for _ in range(self._workers)]
-            ray.get([actor.handle.begin.remote(b"") for actor in actors], timeout=START_TIMEOUT)
+            ray.get([actor.handle.begin.remote(b"", []) for actor in actors], timeout=START_TIMEOUT)
             self._starting.set_result(actors)
         except BaseException as error:
             self._starting.set_exception(error)
@@ -185,14 +187,14 @@ class RayEngine:
         except Exception as error:
             raise RuntimeError(f"Ray did not start: {error}") from error
         for actor in self._actors:
-            actor.handle.begin.remote(self._packed)
+            actor.handle.begin.remote(self._packed, _path())
         self._dispatch()
 
     def _start(self) -> _Actor:
         remote = ray.remote(num_cpus=1, max_restarts=0)(_Worker)
         actor = _Actor(remote.remote(self._threads))
         if self._packed:
-            actor.handle.begin.remote(self._packed)
+            actor.handle.begin.remote(self._packed, _path())
         return actor
 
     def _crashed(self, sent: _Sent, error: Exception) -> list[Answer]:
@@ -236,6 +238,11 @@ class RayEngine:
                 del self._records[next(iter(self._records))]
             self._records[key] = (record, values, ray.put(record))
         return self._records[key][2]
+
+
+def _path() -> list[str]:
+    """Where this process finds modules, for the workers; the current folder by its name."""
+    return [os.path.abspath(entry) for entry in sys.path]
 
 
 def _without(job: Job, records: Mapping[str, ArrayRecord]) -> Job:
