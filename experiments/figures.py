@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-INK, MUTED, GRID, PAPER = "#1f2328", "#59636e", "#dfe3e8", "#ffffff"
-COLOURS = (INK, "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+INK, MUTED, GRID, PAPER, BLUE = "#1f2328", "#59636e", "#dfe3e8", "#ffffff", "#0072b2"
+COLOURS = (INK, BLUE, "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (5, 1.5)), (0, (1, 1.2)))
 WIDTH = 9.6  # inches
 MAX_LAYER_PANELS = 6
@@ -82,8 +82,8 @@ def accuracy_figure(run: Run) -> str | None:
                 _draw_seeds(axes, percent, index, name, lines)
             if target := run.config.get("target-accuracy"):
                 axes.axhline(100 * target, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-                axes.annotate(f"target {100 * target:g} %", (1, 100 * target), (0, 3), ("axes fraction", "data"),
-                              "offset points", ha="right", color=MUTED, fontsize=8)  # fmt: skip
+                axes.annotate(f"target {100 * target:g} %", (0, 100 * target), (3, 3), ("axes fraction", "data"),
+                              "offset points", color=MUTED, fontsize=8)  # fmt: skip
             axes.set_title(f"α = {alpha:g}")
             axes.set_xlabel("round")
         for axes in panels[:, 0]:
@@ -248,7 +248,7 @@ def _partition(counts: "np.ndarray[Any, Any]", title: str) -> "Figure":
                                bottom=0.1 / height, top=1 - 0.75 / height)  # fmt: skip
     axes = figure.add_subplot(grid[0])
     bars = figure.add_subplot(grid[1], sharey=axes)
-    shades = ListedColormap([to_rgba(COLOURS[1], share) for share in np.linspace(0, 1, 256)])
+    shades = ListedColormap([to_rgba(BLUE, share) for share in np.linspace(0, 1, 256)])
     axes.imshow(counts, aspect="auto", cmap=shades, norm=PowerNorm(0.5, 0, max(1, counts.max())))
     if written := clients <= 100 and classes <= 20:
         _write_counts(axes, bars, counts, 7.5 if clients <= 40 else 6.5)

@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
 def _page_colours(svg: str) -> str:
     """The page's colours, light or dark, instead of those for white paper."""
     names = {figures.INK: "ink", figures.MUTED: "muted", figures.GRID: "grid", figures.PAPER: "paper"}
-    for colour, name in names.items():
+    for colour, name in {**names, figures.BLUE: "blue"}.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg
 
@@ -146,9 +146,9 @@ def _models(run: Run) -> Cells | None:
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2328; --muted: #59636e; --grid: #dfe3e8; --wash: #f6f8fa;
-  --warn: #9a4a00; }
+  --blue: #0072b2; --warn: #9a4a00; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e8ec; --muted: #9aa5b1; --grid: #2c333b;
-  --wash: #1b2027; --warn: #f0a35e; } }
+  --wash: #1b2027; --blue: #3b97d3; --warn: #f0a35e; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100%; }
@@ -249,7 +249,7 @@ Gaussian with the mean and variance of its weights, p<sub>k</sub> is the client'
 all clients of the round returned the same scope.</p>
 {% if scope %}
 {% call figure(scope, "Scope distance by layer and round") %}
-{% if run.seeds|length > 1 %}Mean over seeds. {% endif %}Logarithmic scale; lower is better aligned.
+{% if run.seeds|length > 1 %}Mean over seeds. {% endif %}Lower is better aligned.
 {% endcall %}
 {% else %}
 <p>No client sent a scope.</p>

@@ -202,7 +202,7 @@ class WeightScopeRegularizer:
     def _fits(self, layer: _Layer, a: float, b: float, mean: float, variance: float) -> bool:
         """Tell whether a + b w stays finite in the layer's dtype; report the layer if not."""
         largest_weight = abs(mean) + math.sqrt(layer.size * variance)  # no weight is further from the mean
-        if abs(a) + abs(b) * largest_weight <= layer.largest:
+        if abs(a) + abs(b) * max(1.0, largest_weight) <= layer.largest:
             return True
         self._report([layer.name])
         return False

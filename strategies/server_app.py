@@ -16,7 +16,7 @@ from fedwsa import arrays as flower_arrays
 from fedwsa import data, models
 from fedwsa.config import Config, from_run_config
 from fedwsa.evaluation import evaluate
-from fedwsa.run_folder import CONFIG, StrategyFolder, claim, write_atomically
+from fedwsa.run_folder import CONFIG, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import generator, torch_seed
 from strategies.gate import Gate
 from strategies.rounds import Event, Notify, Rounds
@@ -40,9 +40,7 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
         if folder is not None:
             run_strategies(grid, config, folder, notify)
             return
-        own = Path(
-            config.out_dir or Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}")
-        ).absolute()
+        own = new_folder(config).absolute()
         release = claim(own)
         try:
             write_atomically(own / CONFIG, config.to_toml().encode())

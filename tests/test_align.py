@@ -167,6 +167,27 @@ def test_one_hidden_layer_gets_the_best_of_all_permutations(seed, units, bias):
 
 
 @networks
+@pytest.mark.parametrize("ties", [False, True])
+@settings(deadline=None, max_examples=15)
+@given(seed=seeds)
+def test_an_aligned_network_stays_as_it_is(build, outputs, shape, ties, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = build(generator), build(generator)
+    if ties:  # one bit a weight, so that many orders are exactly as good
+        a, b = ({name: tensor.sign() for name, tensor in state.items()} for state in (a, b))
+    aligned = align(b, a)
+    assert_equal(align(aligned, a), aligned)
+
+
+def test_the_result_shares_no_memory():
+    b = {"weight": torch.ones(3, 2), "steps": torch.tensor(5)}
+    aligned = align(b, b, [UnitGroup(3, (UnitEntry("weight", 0),))])
+    for tensor in aligned.values():
+        tensor.zero_()
+    assert (b["weight"].sum().item(), b["steps"].item()) == (6.0, 5)
+
+
+@networks
 def test_alignment_is_deterministic(build, outputs, shape):
     generator = torch.Generator().manual_seed(3)
     a, b = build(generator), build(generator)

@@ -1,13 +1,23 @@
 """The report holds what it should, stands alone, and is drawn the same twice; from run folders made up here."""
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import asdict
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 
-from experiments.results import summarize
+from experiments import figures
+from experiments.figures import accuracy_figure, partition_figure, scope_figure
+from experiments.report import write_report
+from experiments.results import read_run, summarize
+from experiments.table import difference_cells, summary_cells
 
 STRATEGIES = ("fedavg", "fedavg-wsa", "np-merge")
 MLP = ("f1.weight", "f2.weight", "head.weight")
@@ -103,6 +113,251 @@ def _fake_federation(
         with (folder / strategy / "metrics.jsonl").open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if strategy not in stopped:
-            given = {"alpha": alpha, "seed": seed, "target_accuracy": 0.8, "model_sha256": rng.bytes(32).hex()}
+            given: dict[str, Any] = {"alpha": alpha, "seed": seed, "target_accuracy": 0.8}
+            given["model_sha256"] = rng.bytes(32).hex()
             with summaries.open("a") as file:
                 file.write(json.dumps(asdict(summarize(folder / strategy, strategy=strategy, **given))) + "\n")
+
+
+class Page(HTMLParser):
+    """Tags, attributes, ids and text of a page; fails where tags do not nest."""
+
+    VOID = frozenset({"meta", "link", "br", "hr", "img", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", data.strip()))
+
+    def of(self, *tags: str) -> list[str]:
+        return [text for tag, text in self.texts if tag in tags]
+
+
+def page_of(run_dir: Path) -> Page:
+    return Page(write_report(run_dir).read_text(encoding="utf-8"))
+
+
+def drawn(run_dir: Path) -> Page:
+    return Page((run_dir / "report.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = fake_run(tmp_path_factory.mktemp("one") / "runs" / "main")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep") / "runs" / "sweep"
+    write_report(fake_run(folder, alphas=(0.1, 1.0), seeds=(0, 1), rounds=6))
+    return folder
+
+
+def test_the_report_has_the_numbers_of_the_terminal(one: Path, sweep: Path) -> None:
+    for folder in (one, sweep):
+        run = read_run(folder)
+        tables = [cells for cells in (summary_cells(run), difference_cells(run)) if cells]
+        shown = drawn(folder).of("td", "th")
+        for cells in tables:
+            assert cells.rows
+            wanted = [*cells.header, *(cell for row in cells.rows for cell in row)]
+            assert any(shown[i : i + len(wanted)] == wanted for i in range(len(shown)))
+    assert len(tables) == 2  # the sweep has paired differences
+
+
+def test_nothing_is_loaded_from_anywhere(sweep: Path) -> None:
+    html = (sweep / "report.html").read_text()
+    page = Page(html)
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "data")]
+    assert links
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    assert not page.tags & {"script", "iframe", "link", "object", "embed", "base"}
+    assert "@import" not in html
+    assert set(re.findall(r"url\((.)", html)) == {"#"}
+    assert set(re.findall(r"https?://[^\"\s]+", html)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_what_a_figure_refers_to_is_there(sweep: Path) -> None:
+    html = (sweep / "report.html").read_text()
+    referred = set(re.findall(r"url\(#([^)]+)\)", html)) | set(re.findall(r'href="#([^"]+)"', html))
+    assert referred
+    assert referred <= {value for name, value in Page(html).attributes if name == "id"}
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    name, strategy = """<script>alert("1")</script>&'$x^{""", "<b>$a_1$&\"'"
+    page = page_of(fake_run(tmp_path / "run", name=name, strategies=("fedavg", strategy), rounds=2))
+    assert page.of("h1") == [name]
+    assert strategy in page.of("th")
+    assert strategy in page.of("text")  # the legend
+    assert not page.tags & {"script", "b"}
+
+
+def test_drawing_again_gives_the_same_bytes_wherever_the_run_lies(one: Path, tmp_path: Path) -> None:
+    first = (one / "report.html").read_bytes()
+    assert write_report(one).read_bytes() == first
+    assert write_report(fake_run(tmp_path / "runs" / "main")).read_bytes() == first
+    assert sorted(path.name for path in one.iterdir() if path.is_file()) == [
+        "config.toml",
+        "metrics.jsonl",
+        "partition.json",
+        "report.html",
+    ]
+
+
+def test_the_report_says_what_was_run_and_how_to_repeat_it(one: Path) -> None:
+    page = drawn(one)
+    lead, *paragraphs = page.of("p")
+    assert lead == (
+        "fedavg, fedavg-wsa and np-merge on digits: 20 clients (Dirichlet partition, α = 0.1), 10 of them a round, "
+        "30 rounds, model mlp, seed 0."
+    )
+    assert "No client failed in any round that was logged." in paragraphs
+    command, config = page.of("pre")
+    assert command == "fedwsa run runs/main/config.toml"
+    assert config == (one / "config.toml").read_text().strip()
+    assert all(s.model_sha256 in page.of("td") for name in STRATEGIES for s in read_run(one).summaries(name))
+
+
+def test_the_servers_samples_are_accounted_for(one: Path, tmp_path: Path) -> None:
+    def given(page: Page) -> str:
+        return " ".join(next(text for text in page.of("p") if "labelled samples" in text).split())
+
+    with_np_merge = given(drawn(one))
+    assert "100 labelled samples (origin: training split of digits, held out from every client)" in with_np_merge
+    assert "No client trains on them" in with_np_merge
+    assert "plain FedAvg needs no such data" in with_np_merge
+    assert "NP-Merge was therefore given labelled data that the others never saw." in with_np_merge
+    without = given(page_of(fake_run(tmp_path / "run", strategies=("fedavg", "fedavg-wsa"), rounds=2)))
+    assert without.endswith("NP-Merge is not part of this run, so they were not used.")
+
+
+def test_failures_are_listed(tmp_path: Path) -> None:
+    page = page_of(fake_run(tmp_path / "run", strategies=("fedavg",), rounds=6, failures={2: 1, 5: 2}))
+    assert "6 client replies were errors or were refused." in page.of("p")
+    cells = page.of("td")
+    assert [cells[i + 1 : i + 3] for i, cell in enumerate(cells) if cell == "training"] == [["3", "2, 5"]]
+    assert [cells[i + 1 : i + 3] for i, cell in enumerate(cells) if cell == "evaluation on clients"] == [["3", "2, 5"]]
+
+
+def test_a_run_that_was_stopped_is_shown_as_not_finished(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", stopped={"np-merge": 4}, rounds=9)
+    with (folder / "np-merge" / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 5, "phase": "tra')
+    page = page_of(folder)
+    assert page.of("li") == ["np-merge: round 4 of 9"]
+    assert "not finished" in page.of("td")
+    assert "np-merge (not finished)" in page.of("text")
+    assert "fedavg (not finished)" not in page.of("text")
+
+
+def test_a_run_that_has_only_a_config_has_a_report(one: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes((one / "config.toml").read_bytes())
+    page = page_of(tmp_path)
+    assert page.of("li") == [f"{name}: round none of 30" for name in STRATEGIES]
+    assert {"No evaluation yet.", "No client sent a scope.", "No partition was drawn yet."} <= set(page.of("p"))
+    assert "svg" not in page.tags
+
+
+# ---- figures
+
+
+def svg_texts(svg: str | None) -> list[str]:
+    assert svg is not None
+    return Page(svg).of("text")
+
+
+def test_accuracy_has_a_panel_an_alpha_and_names_the_target(sweep: Path) -> None:
+    texts = svg_texts(accuracy_figure(read_run(sweep)))
+    assert {"α = 0.1", "α = 1", "target 80 %", *STRATEGIES} <= set(texts)
+    assert texts.count("round") == 2
+
+
+def test_a_line_is_the_mean_over_the_rounds_that_all_seeds_have() -> None:
+    axes = Figure().subplots()
+    lines: dict[str, Any] = {}
+    figures._draw_seeds(axes, [{0: 0.0, 1: 10.0, 2: 20.0}, {0: 4.0, 1: 30.0}, {}], 1, "wsa", lines)
+    assert lines["wsa"].get_xydata().tolist() == [[0.0, 2.0], [1.0, 20.0]]
+    (band,) = axes.collections
+    assert band.get_paths()[0].get_extents().bounds == (0.0, 0.0, 1.0, 30.0)
+
+
+@pytest.mark.parametrize("num_layers", [3, 9])
+def test_scope_names_every_layer_and_every_strategy(num_layers: int, tmp_path: Path) -> None:
+    layers = tuple(f"block{i}.weight" for i in range(num_layers))
+    texts = svg_texts(scope_figure(read_run(fake_run(tmp_path / "run", layers=layers, rounds=3))))
+    assert {"scope distance (nats)", *layers, *STRATEGIES} <= set(texts)
+
+
+def test_without_scopes_there_is_no_scope_figure(tmp_path: Path) -> None:
+    assert scope_figure(read_run(fake_run(tmp_path / "run", layers=(), rounds=2))) is None
+
+
+def test_scopes_that_all_agree_are_drawn_although_zero_has_no_logarithm(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", strategies=("fedavg",), rounds=2)
+    log = folder / "fedavg" / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    for layers in (3, 8):
+        scope = {"layers": [f"w{i}" for i in range(layers)], "scope_distance": [0.0] * layers}
+        log.write_text("".join(json.dumps(e | scope if e["phase"] == "train" else e) + "\n" for e in events))
+        assert "w0" in svg_texts(scope_figure(read_run(folder)))
+
+
+@pytest.mark.parametrize("clients", [3, 100])
+def test_every_count_and_every_size_is_written(clients: int) -> None:
+    counts = np.random.default_rng(0).integers(0, 3, (clients, 7)) * 1000
+    texts = svg_texts(partition_figure(counts.tolist(), "α = 0.1"))
+    written = [
+        int(text) for text in texts if text.isdecimal() and len(text) > 3
+    ]  # shorter: numbers of clients, classes
+    assert sorted(written) == sorted([*counts[counts > 0], *counts.sum(1)[counts.sum(1) > 0]])
+
+
+def test_more_clients_than_can_be_written_have_a_scale_instead() -> None:
+    counts = np.full((300, 2), 7)
+    counts[5, 1] = 1234
+    texts = svg_texts(partition_figure(counts.tolist(), "many"))
+    assert "class (full colour: 1,234)" in texts
+    assert texts.count("7") == 0
+
+
+@pytest.mark.parametrize("counts", [[], [[]], [1, 2]])
+def test_counts_of_another_shape_are_refused(counts: Any) -> None:
+    with pytest.raises(ValueError, match=r"\[clients\]\[classes\]"):
+        partition_figure(counts, "none")
+
+
+def test_a_report_takes_less_than_three_seconds_and_no_torch(one: Path) -> None:
+    code = (
+        "import sys, pathlib, experiments.report as report\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "report.write_report(pathlib.Path(sys.argv[1]))\n"
+        "assert not {'torch', 'flwr', 'ray', 'matplotlib.pyplot'} & set(sys.modules)\n"
+        "import time; print(time.process_time())\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(one)], cwd=root, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 3

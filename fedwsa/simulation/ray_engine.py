@@ -95,6 +95,7 @@ class RayEngine:
         self._actors: list[_Actor] = []
         self._closed = False
         self._here = InProcessEngine(threads_per_client) if start_here else None
+        self._ended = threading.Event()
         self._starting: Future[list[_Actor]] = Future()
         threading.Thread(target=self._bring_up, daemon=True).start()
         if not start_here:
@@ -158,15 +159,21 @@ class RayEngine:
 
     def close(self) -> None:
         """End the actors, and Ray where this engine started it."""
-        self._adopt()
-        for actor in self._actors:
-            ray.kill(actor.handle)
-        self._actors, self._records, self._closed = [], {}, True
-        if self._owns_ray:
-            ray.shutdown()
+        try:
+            self._adopt()
+            for actor in self._actors:
+                ray.kill(actor.handle)
+        finally:
+            self._actors, self._records, self._closed = [], {}, True
+            if self._owns_ray:
+                ray.shutdown()
+            self._ended.set()
 
     def _bring_up(self) -> None:
-        """In a thread of its own: Ray and the actors take seconds."""
+        """In a thread of its own, since Ray and the actors take seconds.
+
+        The thread lives as long as the engine: Ray's processes are killed when the thread that started them ends.
+        """
         try:
             if self._owns_ray:
                 ray.init(
@@ -177,6 +184,7 @@ class RayEngine:
             self._starting.set_result(actors)
         except BaseException as error:
             self._starting.set_exception(error)
+        self._ended.wait()
 
     def _adopt(self) -> None:
         """Take the actors over once they are up; RuntimeError if they do not come up."""
