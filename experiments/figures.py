@@ -84,7 +84,7 @@ def accuracy_figure(run: Run) -> str | None:
                 axes.axhline(100 * target, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
                 axes.annotate(f"target {100 * target:g} %", (0, 100 * target), (3, 3), ("axes fraction", "data"),
                               "offset points", color=MUTED, fontsize=8)  # fmt: skip
-            axes.set_title(f"α = {alpha:g}")
+            axes.set_title(run.split(alpha))
             axes.set_xlabel("round")
         for axes in panels[:, 0]:
             axes.set_ylabel("accuracy on the test split (%)")
@@ -112,7 +112,7 @@ def scope_figure(run: Run) -> str | None:
     positive = [value for row in by_round for value in row.values() if value > 0 and math.isfinite(value)]
     with _style():
         if len(layers) <= MAX_LAYER_PANELS:
-            return _svg(_scope_lines(run, distances, layers, bool(positive)))
+            return _svg(_scope_lines(run, distances, layers, positive))
         return _svg(_scope_maps(run, distances, layers, positive))
 
 
@@ -165,7 +165,8 @@ def _draw_seeds(axes: "Axes", seeds: Sequence[Series], index: int, name: str, li
     rounds = sorted(set.intersection(*(set(series) for series in begun)))
     values = np.array([[series[r] for r in rounds] for series in begun])
     colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
-    (lines[name],) = axes.plot(rounds, values.mean(0), color=colour, linestyle=dash, linewidth=1.6, zorder=3)
+    width = max(1.5, 2.4 - 0.5 * index)  # a line under another, equal one can still be seen
+    (lines[name],) = axes.plot(rounds, values.mean(0), color=colour, linestyle=dash, linewidth=width, zorder=3)
     if len(rounds) == 1:
         lines[name].set_marker("o")
     if len(begun) > 1:
@@ -179,7 +180,9 @@ def _legend(figure: "Figure", lines: "dict[str, Line2D]", run: Run) -> None:
     figure.legend([lines[name] for name in names], labels, loc="outside upper left", ncols=4, borderaxespad=0.2)
 
 
-def _scope_lines(run: Run, distances: Mapping[tuple[float, str], Any], layers: list[str], log: bool) -> "Figure":
+def _scope_lines(
+    run: Run, distances: Mapping[tuple[float, str], Any], layers: list[str], positive: list[float]
+) -> "Figure":
     figure, panels = _grid(len(run.alphas), len(layers), 2.6 if len(run.alphas) == 1 else 2.2)
     lines: dict[str, Line2D] = {}
     for row, alpha in zip(panels, run.alphas, strict=True):
@@ -187,12 +190,12 @@ def _scope_lines(run: Run, distances: Mapping[tuple[float, str], Any], layers: l
             for index, name in enumerate(run.strategies):
                 seeds = [{r: by.get(layer, math.nan) for r, by in seed.items()} for seed in distances[alpha, name]]
                 _draw_seeds(axes, seeds, index, name, lines)
-            axes.set_title(layer if len(run.alphas) == 1 else f"{layer}, α = {alpha:g}")
+            axes.set_title(layer if len(run.alphas) == 1 else f"{layer}, {run.split(alpha)}")
             axes.set_xlabel("round")
         row[0].set_ylabel("scope distance (nats)")
-    if log:
+    if positive:
         panels[0, 0].set_yscale("log", nonpositive="mask")
-        _plain_decades(panels[0, 0].yaxis)
+        _plain_numbers(panels[0, 0].yaxis, positive)
     _legend(figure, lines, run)
     return figure
 
@@ -216,20 +219,20 @@ def _scope_maps(
             extent = (0.5, last + 0.5, len(layers) - 0.5, -0.5)
             image = axes.imshow(cells, aspect="auto", extent=extent, norm=norm, cmap="viridis", interpolation="nearest")
             axes.grid(visible=False)
-            axes.set_title(name if len(run.alphas) == 1 else f"{name}, α = {alpha:g}")
+            axes.set_title(name if len(run.alphas) == 1 else f"{name}, {run.split(alpha)}")
             axes.set_xlabel("round")
     panels[0, 0].set_yticks(range(len(layers)), layers, fontsize=7)
     bar = figure.colorbar(image, ax=panels, label="scope distance (nats)", fraction=0.03, pad=0.01)
     if positive:
-        _plain_decades(bar.ax.yaxis)
+        _plain_numbers(bar.ax.yaxis, positive)
     return figure
 
 
-def _plain_decades(axis: "Axis") -> None:
-    """0.01, 0.02, 0.05, 0.1 instead of powers of ten."""
+def _plain_numbers(axis: "Axis", shown: list[float]) -> None:
+    """0.01, 0.02, 0.05, 0.1 on a logarithmic axis; decades alone where there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(shown) < 300 * min(shown) else (1,), numticks=8))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -53,16 +53,15 @@ def _page_colours(svg: str) -> str:
 
 def _what_was_run(run: Run) -> str:
     """One sentence from the config."""
-    config = run.config
-    drawn = next((f.partition for f in run.federations if f.partition), {})
-    partitioner = drawn.get("partitioner") or config.get("partitioner", "dirichlet")
-    partitioner = {"dirichlet": "Dirichlet", "iid": "IID"}.get(partitioner, partitioner)
-    known = {key: config.get(key, "?") for key in ("data", "num-clients", "cohort", "rounds", "model")}
-    alphas = _enumerate([f"{alpha:g}" for alpha in run.alphas])
+    known = {key: run.config.get(key, "?") for key in ("data", "num-clients", "cohort", "rounds", "model")}
+    partitioner = run.config.get("partitioner", "dirichlet")
+    split = {"dirichlet": "Dirichlet partition", "iid": "IID partition"}.get(partitioner, f"partition {partitioner}")
+    if partitioner != "iid":
+        split += f", α = {_enumerate([f'{alpha:g}' for alpha in run.alphas])}"
     seeds = ("seed " if len(run.seeds) == 1 else "seeds ") + _enumerate([str(seed) for seed in run.seeds])
     return (
-        f"{_enumerate(run.strategies)} on {known['data']}: {known['num-clients']} clients ({partitioner} partition, "
-        f"α = {alphas}), {known['cohort']} of them a round, {known['rounds']} rounds, model {known['model']}, {seeds}."
+        f"{_enumerate(run.strategies)} on {known['data']}: {known['num-clients']} clients ({split}), {known['cohort']} "
+        f"of them a round, {known['rounds']} rounds, model {known['model']}, {seeds}."
     )
 
 
@@ -91,7 +90,7 @@ def _partition_figures(run: Run) -> list[str]:
     """One figure for every α, of the first seed whose partition was drawn."""
     first = {f.alpha: f for f in reversed(run.federations) if f.partition}
     return [
-        figures.partition_figure(first[a].partition["label_counts"], f"α = {a:g}, seed {first[a].seed}")  # type: ignore[index]
+        figures.partition_figure(first[a].partition["label_counts"], f"{run.split(a)}, seed {first[a].seed}")  # type: ignore[index]
         for a in run.alphas
         if a in first
     ]
@@ -131,17 +130,17 @@ def _failures(run: Run) -> Cells | None:
                 if rounds:
                     total += sum(failed.values())
                     listed = ", ".join(rounds[:12]) + (f" and {len(rounds) - 12} more" if len(rounds) > 12 else "")
-                    where = (name, f"{federation.alpha:g}", str(federation.seed), words)
+                    where = (name, run.split(federation.alpha), str(federation.seed), words)
                     rows.append((*where, f"{sum(failed.values()):,}", listed))
-    header = ("strategy", "α", "seed", "phase", "failed replies", "in rounds")
+    header = ("strategy", "split", "seed", "phase", "failed replies", "in rounds")
     title = f"{total:,} client {'reply was an error or was' if total == 1 else 'replies were errors or were'} refused."
     return Cells(title, header, tuple(rows), "") if rows else None
 
 
 def _models(run: Run) -> Cells | None:
     found = [summary for name in run.strategies for summary in run.summaries(name)]
-    rows = tuple((s.strategy, f"{s.alpha:g}", str(s.seed), s.model_sha256) for s in found)
-    return Cells("", ("strategy", "α", "seed", "SHA-256 of final.safetensors"), rows, "") if rows else None
+    rows = tuple((s.strategy, run.split(s.alpha), str(s.seed), s.model_sha256) for s in found)
+    return Cells("", ("strategy", "split", "seed", "SHA-256 of final.safetensors"), rows, "") if rows else None
 
 
 _STYLE = """
@@ -262,7 +261,7 @@ all clients of the round returned the same scope.</p>
 <p>No partition was drawn yet.</p>
 {% endfor %}
 {% if partitions %}
-<p class="note">Training samples by client and class; an empty cell is a class that the client does not hold. The
+<p class="note">Samples by client and class; an empty cell is a class that the client does not hold. The
 stronger the colour, the more, on a square-root scale.
 {%- if run.seeds|length > 1 %} Of several seeds the first is shown.{% endif %}</p>
 {% endif %}

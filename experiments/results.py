@@ -83,6 +83,10 @@ class Run:
         """The distinct seeds, in the config's order."""
         return list(dict.fromkeys(federation.seed for federation in self.federations))
 
+    def split(self, alpha: float) -> str:
+        """How the data were divided, as a label: "α = 0.1", or "IID" where α plays no part."""
+        return "IID" if self.config.get("partitioner") == "iid" else f"α = {alpha:g}"
+
     def results(self, alpha: float, strategy: str) -> list[StrategyResult]:
         """What the strategy logged at this α, one result a seed."""
         return [federation.results[strategy] for federation in self.federations if federation.alpha == alpha]
@@ -184,10 +188,10 @@ def read_run(run_dir: Path) -> Run:
     lines = read_lines(run_dir / "metrics.jsonl")
     summaries = {(s.alpha, s.seed, s.strategy): s for s in (_summary(line) for line in lines)}
     pairs = dict.fromkeys((float(a), int(s)) for a in as_list(config["alpha"]) for s in as_list(config["seed"]))
-    folders = _federation_folders(run_dir) if len(pairs) > 1 else dict.fromkeys(pairs, run_dir)
+    folders = _federation_folders(run_dir) if len(pairs) > 1 else {(f"{a:g}", s): run_dir for a, s in pairs}
     federations = []
     for alpha, seed in pairs:
-        folder = folders.get((alpha, seed))
+        folder = folders.get((f"{alpha:g}", seed))
         results = {
             name: StrategyResult(
                 tuple(read_events(folder / name / "metrics.jsonl")) if folder else (),
@@ -256,9 +260,10 @@ def _summary(line: Event) -> Summary:
     return Summary(**{name: line[name] for name in names})
 
 
-def _federation_folders(run_dir: Path) -> dict[tuple[float, int], Path]:
+def _federation_folders(run_dir: Path) -> dict[tuple[str, int], Path]:
+    """(α as folder names have it, to six digits; seed) → folder."""
     matches = [(re.fullmatch(r"alpha-(.+)_seed-(\d+)", folder.name), folder) for folder in run_dir.iterdir()]
-    return {(float(match[1]), int(match[2])): folder for match, folder in matches if match}
+    return {(f"{float(match[1]):g}", int(match[2])): folder for match, folder in matches if match}
 
 
 def _read_partition(folder: Path | None) -> dict[str, Any] | None:

@@ -39,11 +39,11 @@ def difference_cells(run: Run) -> Cells | None:
     rows = []
     for strategy in others:
         found = [differences.get((strategy, alpha)) for alpha in run.alphas]
-        cells = [_plus_minus(d.mean, d.half_width, d.n, len(run.seeds), "+.1f") if d else NOT_FINISHED for d in found]
+        cells = [_plus_minus(d.mean, d.half_width, d.n, len(run.seeds), "+z.1f") if d else NOT_FINISHED for d in found]
         rows.append((strategy, *cells))
     return Cells(
         f"Final accuracy against {baseline} (percentage points)",
-        ("strategy", *(f"α = {alpha:g}" for alpha in run.alphas)),
+        ("strategy", *(run.split(alpha) for alpha in run.alphas)),
         tuple(rows),
         f"Mean difference ± half width of its 95 % t interval over {len(run.seeds)} seeds. Differences are taken seed "
         "by seed: same partition, same start, same cohorts. Not corrected for the number of comparisons.",
@@ -106,7 +106,7 @@ def _one_federation(run: Run) -> Cells:
         rows.append((name, *accuracies, reached, *cost, distance))
     target = run.config.get("target-accuracy")
     return Cells(
-        f"{run.name}: α = {federation.alpha:g}, seed {federation.seed}",
+        f"{run.name}: {run.split(federation.alpha)}, seed {federation.seed}",
         (
             "strategy",
             "final accuracy (%)",
@@ -134,7 +134,7 @@ def _many_federations(run: Run) -> Cells:
     over = f"mean ± half width of the 95 % t interval over n = {seeds} seeds" if seeds > 1 else f"seed {run.seeds[0]}"
     return Cells(
         f"{run.name}: final accuracy (%), {over}",
-        ("strategy", *(f"α = {alpha:g}" for alpha in run.alphas), "seconds", "MB up", "MB down"),
+        ("strategy", *(run.split(alpha) for alpha in run.alphas), "seconds", "MB up", "MB down"),
         tuple(rows),
         "Accuracy of the global model on the test split, after the last round and not at its best. Seconds and MB: "
         "mean of one federation. 1 MB = 10⁶ bytes of payload.",
@@ -157,4 +157,4 @@ def _costs(groups: Sequence[Sequence[Summary]]) -> list[list[str]]:
 def _plus_minus(mean: float, half_width: float | None, n: int, seeds: int, form: str = ".1f") -> str:
     """Percent with its interval; n is named where seeds are still missing."""
     spread = "" if half_width is None else f" ± {100 * half_width:.1f}"
-    return f"{100 * mean:{form}}{spread}" + (f" (n={n})" if n < seeds else "")
+    return f"{100 * mean:{form}}{spread}".replace("-", "−") + (f" (n={n})" if n < seeds else "")

@@ -20,6 +20,7 @@ class NumpyArray(Array):
     """
 
     def __init__(self, array: NDArray[Any]) -> None:
+        array = np.asarray(array)  # arithmetic on arrays without dimensions gives scalars, not arrays
         self.__dict__.update(dtype=str(array.dtype), shape=tuple(array.shape), stype=_STYPE, _array=array)
 
     @property
@@ -72,11 +73,15 @@ def num_bytes(record: Mapping[str, Array]) -> int:
 def load(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> None:
     """Write a record into tensors that exist already (a module's `state_dict()`).
 
-    Raises ValueError naming what differs, where names or shapes do.
+    Numbers take the tensors' own types; integers (counters) are rounded to the nearest, since some strategies
+    average them as floats. Raises ValueError naming what differs, where names or shapes do.
     """
     if unlike := state.keys() ^ record.keys():
         raise ValueError(f"array names differ from the model's: {sorted(unlike)}")
     for name, tensor in state.items():
         if tuple(tensor.shape) != record[name].shape:
             raise ValueError(f"{name}: shape {record[name].shape}, the model has {tuple(tensor.shape)}")
-        np.copyto(tensor.numpy(), view(record[name]))
+        values = view(record[name])
+        if not tensor.is_floating_point() and values.dtype.kind == "f":
+            values = np.rint(values)
+        np.copyto(tensor.numpy(), values, casting="unsafe")

@@ -16,8 +16,6 @@ from torch import Tensor
 from fedwsa.scope import SMALLEST_VARIANCE, WeightScope, gradient_terms, kl_divergence, measure, moments, proximal_terms
 
 _LOG = logging.getLogger("fedwsa")
-_SMALLEST_SQUARE = 1e-30
-"""Below this mean square, squares of float32 weights lose digits to underflow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class WeightScopeRegularizer:
         unusable = []
         numbers = zip(target.means.tolist(), target.variances.tolist(), strict=True)
         for (name, parameter), (mean, variance) in zip(self._parameters.items(), numbers, strict=True):
-            if _usable(mean, variance) and parameter.numel() > 1:
+            if _usable(mean, variance):
                 size, largest = float(parameter.numel()), torch.finfo(parameter.dtype).max
                 quick = parameter.dtype in (torch.float32, torch.float64)
                 self._layers.append(_Layer(name, parameter, size, mean, variance, largest, quick))
@@ -191,7 +189,7 @@ class WeightScopeRegularizer:
         for layer, total, squares in zip(layers, sums[: len(layers)], sums[len(layers) :], strict=True):
             mean, origin = total / layer.size, 0.0
             variance = squares / layer.size - mean * mean
-            if not (layer.quick and max(mean * mean, _SMALLEST_SQUARE) < variance < math.inf):
+            if not (layer.quick and mean * mean < variance < math.inf):
                 mean, variance = moments(layer.parameter)
                 if not _usable(mean, variance):
                     self._report([layer.name])

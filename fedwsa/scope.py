@@ -115,8 +115,7 @@ def kl_divergence(scope: WeightScope, target: WeightScope) -> Tensor:
     left_out = degenerate(scope, target)
     ratio = scope.variances / target.variances
     shift = (scope.means - target.means).square() / target.variances
-    # Rounding can leave −1e-16 where the scopes are nearly equal.
-    return (0.5 * (ratio - 1 - ratio.log() + shift)).clamp_min(0).masked_fill(left_out, 0)
+    return (0.5 * (ratio - 1 - ratio.log() + shift)).masked_fill(left_out, 0)
 
 
 def fuse(

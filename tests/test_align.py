@@ -13,15 +13,6 @@ from fedwsa.merging import UnitEntry, UnitGroup, align, chain_permutations
 seeds = integers(0, 2**32 - 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they save on tensors this small, many times more where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlp(sizes, generator, bias=True):
     state = {}
     for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
@@ -173,8 +164,8 @@ def test_one_hidden_layer_gets_the_best_of_all_permutations(seed, units, bias):
 def test_an_aligned_network_stays_as_it_is(build, outputs, shape, ties, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = build(generator), build(generator)
-    if ties:  # one bit a weight, so that many orders are exactly as good
-        a, b = ({name: tensor.sign() for name, tensor in state.items()} for state in (a, b))
+    if ties:  # one bit a weight: many orders are as good, save for float64's rounding of 0.1 · 0.1
+        a, b = ({name: 0.1 * tensor.double().sign() for name, tensor in state.items()} for state in (a, b))
     aligned = align(b, a)
     assert_equal(align(aligned, a), aligned)
 

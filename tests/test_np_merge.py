@@ -18,15 +18,6 @@ seeds = integers(0, 2**32 - 1)
 SHAPES = {"0.weight": (6, 4), "0.bias": (6,), "1.weight": (3, 6), "1.bias": (3,)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost more than they save on tensors this small, many times more where other processes run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def model(generator, dtype=torch.float32):
     return {name: torch.rand(shape, generator=generator).mul_(2).sub_(1).to(dtype) for name, shape in SHAPES.items()}
 

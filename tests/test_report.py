@@ -242,6 +242,15 @@ def test_the_report_says_what_was_run_and_how_to_repeat_it(one: Path) -> None:
     assert all(s.model_sha256 in page.of("td") for name in STRATEGIES for s in read_run(one).summaries(name))
 
 
+def test_alpha_is_not_named_where_it_plays_no_part(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", rounds=2, failures={1: 1})
+    with (folder / "config.toml").open("a") as file:
+        file.write('partitioner = "iid"\n')
+    page = page_of(folder)
+    assert "20 clients (IID partition), 10 of them" in page.of("p")[0]
+    assert "α" not in "".join(text for _, text in page.texts)
+
+
 def test_the_servers_samples_are_accounted_for(one: Path, tmp_path: Path) -> None:
     def given(page: Page) -> str:
         return " ".join(next(text for text in page.of("p") if "labelled samples" in text).split())
@@ -330,9 +339,7 @@ def test_scopes_that_all_agree_are_drawn_although_zero_has_no_logarithm(tmp_path
 def test_every_count_and_every_size_is_written(clients: int) -> None:
     counts = np.random.default_rng(0).integers(0, 3, (clients, 7)) * 1000
     texts = svg_texts(partition_figure(counts.tolist(), "α = 0.1"))
-    written = [
-        int(text) for text in texts if text.isdecimal() and len(text) > 3
-    ]  # shorter: numbers of clients, classes
+    written = [int(text) for text in texts if text.isdecimal() and len(text) > 3]  # not those of clients and classes
     assert sorted(written) == sorted([*counts[counts > 0], *counts.sum(1)[counts.sum(1) > 0]])
 
 

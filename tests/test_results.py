@@ -196,6 +196,12 @@ def test_federations_are_found_by_their_numbers_and_kept_in_the_order_of_the_con
     assert seen == [[1.0], [1.0], [], [0.1]]
 
 
+def test_an_alpha_of_many_digits_is_found_by_its_folders_shorter_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [], ["fedavg"], "0.123456789", "[0, 1]")
+    write_lines(folder / "alpha-0.123457_seed-1" / "fedavg" / "metrics.jsonl", [evaluation(0, 0.5)])
+    assert [len(f.results["fedavg"].events) for f in read_run(folder).federations] == [0, 1]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.toml"):
         read_run(tmp_path)
@@ -238,15 +244,24 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         summary("fedavg", 0.50, seed=0),
         summary("wsa", 0.84, seed=1),
         summary("fedavg", 0.10, seed=2),  # without a partner
+        summary("np-merge", 0.0996, seed=2),
+        *(summary("trimmed", accuracy, seed=seed) for seed, accuracy in enumerate([0.40, 0.70, 0.0])),
     ]
-    run = read_run(write_run(tmp_path / "run", summaries, ["fedavg", "wsa", "cart"], "0.1", "[0, 1, 2]"))
-    (difference,) = paired_differences(run)
+    run = read_run(
+        write_run(tmp_path / "run", summaries, ["fedavg", "wsa", "cart", "np-merge", "trimmed"], "0.1", "[0, 1, 2]")
+    )
+    difference, *_ = paired_differences(run)
     assert (difference.strategy, difference.baseline, difference.n) == ("wsa", "fedavg", 2)
     assert difference.mean == pytest.approx(0.03)
     assert difference.half_width == pytest.approx(0.12706205, rel=1e-6)
     cells = difference_cells(run)
     assert cells is not None
-    assert cells.rows == (("wsa", "+3.0 ± 12.7 (n=2)"), ("cart", "not finished"))
+    assert cells.rows == (
+        ("wsa", "+3.0 ± 12.7 (n=2)"),
+        ("cart", "not finished"),
+        ("np-merge", "+0.0 (n=1)"),
+        ("trimmed", "−10.0 ± 0.0"),
+    )
 
 
 # ---- tables

@@ -276,7 +276,7 @@ def test_every_fusion_refuses_unlike_layers(variance):
 
 
 def test_scope_distance_by_hand():
-    # layer a: client 2 (share 3/4) is one σ_t away, which costs 1/2; layer b: client 1 (1/4) has half the std: ln 2 − 3/8
+    # layer a: client 2 (share 3/4) is one σ_t away: 1/2; layer b: client 1 (1/4) has half the std: ln 2 − 3/8
     clients = [scope((0, 2), (0, 1)), scope((2, 2), (0, 2))]
     distance = scope_distance(clients, [1, 3], scope((0, 2), (0, 2)))
     assert distance.tolist() == pytest.approx([3 / 8, (math.log(2) - 3 / 8) / 4], rel=1e-14)

@@ -42,7 +42,7 @@ def np_merge(
     *,
     share: float = 0.5,
     steps: int = 20,
-    learning_rate: float = 0.3,
+    learning_rate: float = 0.1,
     align: bool = True,
     groups: Sequence[UnitGroup] | None = None,
     trainable: Collection[str] | None = None,
@@ -56,7 +56,8 @@ def np_merge(
     loss: gets every tensor of the merged model: the trainable ones with gradient, the others as fresh copies (so that a
         BatchNorm in training mode may write to its own).
     share: A's part of the accumulated weight, in (0, 1). The paper starts at ½.
-    steps: ≥ 0. learning_rate: Adam's, > 0, in units of s_pre (logits).
+    steps: ≥ 0. learning_rate: Adam's, > 0, in units of s_pre (logits). The defaults, learning on 100 samples, had a
+        lower test loss than the average in all of 31 merges of MLPs trained apart on the digits; a rate of 3 had not.
     align: permute B's units towards A first; groups: the permutation spec, None for a plain chain (see align()).
     trainable: the tensors that get coefficients, None for all floating ones. The others are averaged by `share`, as
         average() does; name the parameters here if the model has floating buffers, such as BatchNorm's statistics.

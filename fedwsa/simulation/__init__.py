@@ -64,7 +64,7 @@ def simulate(
     config = dict(run_config or {})
     engine.begin(Population(client_app, num_clients, config))
     grid = SimulationGrid(engine, num_clients)
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
     server_app(grid, context)
     grid.finish()
     return context

@@ -3,11 +3,12 @@
 import traceback
 from collections import deque
 from collections.abc import Mapping
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
@@ -15,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 CLIENT_APP_RAISED, CLIENT_APP_CRASHED = 2, 8  # Flower's error codes
 
 RunConfig = Mapping[str, bool | int | float | str]
+Record = ArrayRecord | ConfigRecord | MetricRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def answer(population: Population, job: Job) -> Answer:
         reply = population.app(job.message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
-    except Exception:
+    except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=job.message)
     return Answer(job.message.metadata.message_id, reply, context.state)
 
@@ -130,7 +132,17 @@ class InProcessEngine:
         """Nothing is held."""
 
 
+def snapshot(record: Record) -> Record:
+    """A copy: what either side changes in its own does not reach the other. Numbers and bytes are shared."""
+    if not isinstance(record, ArrayRecord):
+        return deepcopy(record)
+    arrays = record.copy()
+    for name, array in record.items():
+        arrays[name] = copy(array)
+    return arrays
+
+
 def _own_content(job: Job) -> Job:
-    """Records of its own for a client in this process: what it changes in them reaches nobody else."""
-    content = RecordDict({key: record.copy() for key, record in job.message.content.items()})
+    """Records of its own for a client in this process, as one behind a network would have."""
+    content = RecordDict({key: snapshot(record) for key, record in job.message.content.items()})
     return Job(make_message(job.message.metadata, content), job.partition_id, job.state)

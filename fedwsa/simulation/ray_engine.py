@@ -21,6 +21,7 @@ from flwr.app import ArrayRecord, Error, Message, RecordDict
 from flwr.app.message.message import make_message
 from ray import cloudpickle
 
+from fedwsa.arrays import NumpyArray
 from fedwsa.simulation.engine import (
     CLIENT_APP_CRASHED,
     Answer,
@@ -35,6 +36,7 @@ LOAD_CLIENT_APP = 1  # Flower's error code
 DEPTH = 2  # jobs at an actor: one computes, the next one is already there
 START_TIMEOUT = 120.0  # seconds for Ray and the actors to come up
 ATTEMPTS = 3  # at a job whose actor died
+DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)  # Ray kills a worker that fills the memory
 RECORDS = 4  # array records whose copy in the object store is kept: a round's model is put there once
 
 
@@ -42,7 +44,7 @@ class _Worker:
     """One actor: holds the client app and answers jobs, one at a time."""
 
     def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+        self.threads = threads
         identify()
         self.packed = b""
         self.population: Population | None = None
@@ -52,8 +54,9 @@ class _Worker:
         self.packed, self.population = packed, None
 
     def handle(self, job: Job, keys: list[str], *records: ArrayRecord) -> Answer:
-        content = RecordDict({**dict(zip(keys, records, strict=True)), **dict(job.message.content.items())})
-        job.message.content = content
+        torch.set_num_threads(self.threads)
+        for key, record in zip(keys, records, strict=True):
+            job.message.content[key] = record
         try:
             if self.population is None:
                 self.population = cloudpickle.loads(self.packed)
@@ -68,7 +71,6 @@ class _Sent:
     """A job at an actor."""
 
     job: Job
-    actor: "_Actor"
     attempt: int
 
 
@@ -91,7 +93,7 @@ class RayEngine:
         self._owns_ray = not ray.is_initialized()
         self._packed = b""
         self._queue: deque[tuple[Job, int]] = deque()  # with the number of the attempt
-        self._records: dict[tuple[int, ...], tuple[ArrayRecord, list[Any], Any]] = {}
+        self._records: dict[tuple[str | int, ...], tuple[list[Any], Any]] = {}
         self._actors: list[_Actor] = []
         self._closed = False
         self._here = InProcessEngine(threads_per_client) if start_here else None
@@ -108,8 +110,8 @@ class RayEngine:
 
     def begin(self, population: Population) -> None:
         """See Engine."""
-        self.cancel({sent.job.message.metadata.message_id for actor in self._actors for sent in actor.jobs.values()})
         self._queue.clear()
+        self.cancel({sent.job.message.metadata.message_id for actor in self._actors for sent in actor.jobs.values()})
         if self._here:
             self._here.begin(population)
         try:
@@ -130,20 +132,21 @@ class RayEngine:
             self._here.submit(self._queue.popleft()[0])
             return self._here.collect(timeout)
         self._adopt()
-        waiting = {reference: sent for actor in self._actors for reference, sent in actor.jobs.items()}
+        waiting = {reference: actor for actor in self._actors for reference in actor.jobs}
         if not waiting:
             return []
-        ready, _ = ray.wait(list(waiting), timeout=timeout)
-        more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        ray.wait(list(waiting), timeout=timeout)
+        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         answers: list[Answer] = []
-        for reference in dict.fromkeys([*ready, *more]):
-            sent = waiting[reference]
-            if sent.actor.jobs.pop(reference, None) is None:  # its actor was replaced above
+        for reference in ready:
+            actor = waiting[reference]
+            if reference not in actor.jobs:  # the actor was replaced above
                 continue
             try:
                 answers.append(ray.get(reference))
-            except ray.exceptions.RayActorError as error:
-                answers += self._crashed(sent, error)
+                del actor.jobs[reference]
+            except DEATHS as error:
+                answers += self._crashed(actor, error)
         self._dispatch()
         return answers
 
@@ -183,7 +186,10 @@ class RayEngine:
             ray.get([actor.handle.begin.remote(b"", []) for actor in actors], timeout=START_TIMEOUT)
             self._starting.set_result(actors)
         except BaseException as error:
+            if self._owns_ray:
+                ray.shutdown()
             self._starting.set_exception(error)
+            return
         self._ended.wait()
 
     def _adopt(self) -> None:
@@ -205,9 +211,9 @@ class RayEngine:
             actor.handle.begin.remote(self._packed, _path())
         return actor
 
-    def _crashed(self, sent: _Sent, error: Exception) -> list[Answer]:
+    def _crashed(self, actor: _Actor, error: Exception) -> list[Answer]:
         """The first job at the dead actor was the one that computed: only its attempts are limited."""
-        others = list(sent.actor.jobs.values())
+        sent, *others = actor.jobs.values()
         again = [(other.job, other.attempt) for other in others]
         gave_up: list[Answer] = []
         if sent.attempt < ATTEMPTS:
@@ -216,7 +222,7 @@ class RayEngine:
             reason = f"the worker died {ATTEMPTS} times over this message: {error}"
             reply = Message(Error(CLIENT_APP_CRASHED, reason), reply_to=sent.job.message)
             gave_up = [Answer(sent.job.message.metadata.message_id, reply, sent.job.state)]
-        self._replace(sent.actor, again)
+        self._replace(actor, again)
         return gave_up
 
     def _replace(self, actor: _Actor, jobs: list[tuple[Job, int]]) -> None:
@@ -235,17 +241,17 @@ class RayEngine:
             reference = actor.handle.handle.remote(
                 _without(job, records), list(records), *[self._put(record) for record in records.values()]
             )
-            actor.jobs[reference] = _Sent(job, actor, attempt)
+            actor.jobs[reference] = _Sent(job, attempt)
 
     def _put(self, record: ArrayRecord) -> Any:
         """The record in the object store; one that was put there lately is not put again."""
-        values = list(record.values())
-        key = (id(record), *map(id, values))  # the entry keeps all of them alive, so no id is used again
+        values = [array.view() if isinstance(array, NumpyArray) else array.data for array in record.values()]
+        key = (*record, *map(id, values))  # the entry keeps them alive, so no id is used again
         if key not in self._records:
             while len(self._records) >= RECORDS:
                 del self._records[next(iter(self._records))]
-            self._records[key] = (record, values, ray.put(record))
-        return self._records[key][2]
+            self._records[key] = (values, ray.put(record))
+        return self._records[key][1]
 
 
 def _path() -> list[str]:
@@ -254,5 +260,6 @@ def _path() -> list[str]:
 
 
 def _without(job: Job, records: Mapping[str, ArrayRecord]) -> Job:
-    rest = RecordDict({key: record for key, record in job.message.content.items() if key not in records})
+    """Empty records hold the places of those that travel by themselves."""
+    rest = RecordDict({key: ArrayRecord() if key in records else value for key, value in job.message.content.items()})
     return Job(make_message(job.message.metadata, rest), job.partition_id, job.state)

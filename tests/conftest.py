@@ -1,0 +1,22 @@
+"""Every test runs without Flower's telemetry, in a Flower home of its own, on one PyTorch thread."""
+
+import os
+
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+
+import logging
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_flower(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FLWR_HOME"] = str(tmp_path_factory.mktemp("flwr"))
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
