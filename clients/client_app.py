@@ -25,6 +25,7 @@ RunConfig = dict[str, bool | int | float | str]
 def train_message(message: Message, context: Context) -> Message:
     """Train on this client's training samples; everything random comes from (seed, round, partition id)."""
     config, client = _identity(message, context)
+    torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.training[client])
     model = _model_with(message, config, holdings)
@@ -32,7 +33,7 @@ def train_message(message: Message, context: Context) -> Message:
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
     seed = config.seed[0]
     with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
-        torch.manual_seed(torch_seed(seed, "client", server_round, client))
+        torch.default_generator.manual_seed(torch_seed(seed, "client", server_round, client))
         loss = train(
             model,
             images,
@@ -51,6 +52,7 @@ def train_message(message: Message, context: Context) -> Message:
 def evaluate_message(message: Message, context: Context) -> Message:
     """Evaluate on this client's validation samples."""
     config, client = _identity(message, context)
+    torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.validation[client])
     if not len(labels):

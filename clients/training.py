@@ -8,6 +8,7 @@ from torch.optim.sgd import sgd
 from fedwsa.config import Config
 from fedwsa.messages import Alignment
 from fedwsa.regularizer import WeightScopeRegularizer
+from fedwsa.scope import WeightScope
 
 
 def train(
@@ -48,9 +49,13 @@ def train(
 def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRegularizer | None:
     if alignment is None or alignment.strength == 0:
         return None
+    parameters, target = dict(model.named_parameters()), alignment.target
+    # A server sees arrays; which of them are buffers, or one weight under two names, is known here.
+    others = model.state_dict().keys() - parameters.keys()
+    kept = [i for i, name in enumerate(target.names) if name not in others]
     return WeightScopeRegularizer(
-        model.named_parameters(),
-        alignment.target,
+        parameters.items(),
+        WeightScope(tuple(target.names[i] for i in kept), target.means[kept], target.variances[kept]),
         strength=alignment.strength,
         mode=alignment.mode,  # type: ignore[arg-type]
         reduction=alignment.reduction,  # type: ignore[arg-type]

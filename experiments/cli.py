@@ -2,10 +2,13 @@
 
 import logging
 import os
+import signal
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
@@ -69,12 +72,16 @@ def run(
     given = {key: value for key, value in options.items() if value is not None}
     if resume is not None and (config_file or set_ or given):
         raise config.ConfigError("--resume takes the config of the run folder; it goes with no other option")
+    settings = _config(config_file, set_, given) if resume is None else None
     from experiments import run as job  # PyTorch and Flower, over a second: not needed for help or a wrong key
 
-    if resume is not None:
-        job.resume(resume, console)
-    else:
-        job.start(_config(config_file, set_, given), console)
+    try:
+        if settings is not None:
+            job.start(settings, console)
+        elif resume is not None:
+            job.resume(resume, console)
+    except job.InterruptedRunError as error:
+        _fail(error, error.status)
 
 
 @app.command()
@@ -91,21 +98,19 @@ def partition(
     """Show who holds which labels: a table, and a picture of clients × classes."""
     options = {"data": data, "data-dir": data_dir, "alpha": alpha, "seed": seed, "num-clients": num_clients}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    if num_clients is not None:  # cohorts play no part here
-        given |= {"cohort": 1, "evaluation-cohort": 0}
-    settings = _config(config_file, set_, given)
+    settings = _config(config_file, set_, {**given, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
+    if out.suffix.lower() not in (".svg", ".png"):
+        raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
     from clients.federation import federation
     from experiments.partition_view import partition_table, write_partition_picture
 
-    try:
+    with _plainly(out):
         counts = federation(settings).label_counts().tolist()
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    console.print(partition_table(counts))
-    title = f"{settings.data}: {settings.num_clients} clients, {_how(settings)}, seed {settings.seed[0]}"
-    write_partition_picture(counts, title, out)
+        console.print(partition_table(counts))
+        title = f"{settings.data}: {settings.num_clients} clients, {_how(settings)}, seed {settings.seed[0]}"
+        write_partition_picture(counts, title, out)
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -114,10 +119,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, finished o
     """Write a run folder's report.html again, from its files."""
     from experiments.report import write_report
 
-    try:
+    with _plainly(folder / "report.html"):
         path = write_report(folder)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -150,16 +153,29 @@ def _config(file: Path | None, assignments: list[str] | None, options: dict[str,
 
 
 def _value(text: str) -> Any:
-    """A TOML value, or else the text itself: --set data=digits needs no quotes."""
+    """A TOML value, or else the text itself: --set data=digits needs no quotes, nor does --set name=2026-01-31."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return value if isinstance(value, bool | int | float | str | list | dict) else text
+
+
+@contextmanager
+def _plainly(written: Path) -> Iterator[None]:
+    """What the functions of a command raise while they make a file, as errors of one line without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise RunError(f"{written}: cannot be written: {error.strerror or error}") from error
 
 
 def main() -> None:
     """Console script: what a user did wrong is said in a line each, with exit status 2, without a traceback."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
     sys.path.insert(0, "")  # an import path may name a module in the current folder
     try:
         app()
@@ -167,11 +183,14 @@ def main() -> None:
         _fail(error, 2)
     except RunError as error:
         _fail(error, 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; go on with fedwsa run --resume and the run folder", 130)
 
 
-def _fail(error: object, status: int) -> None:
+def _terminate(number: int, frame: object) -> NoReturn:
+    """As Ctrl-C does: everything is closed on the way out."""
+    sys.exit(128 + number)
+
+
+def _fail(error: object, status: int) -> NoReturn:
     for line in str(error).splitlines():
         errors.print(f"fedwsa: {line}", markup=False, highlight=False, soft_wrap=True)
     sys.exit(status)

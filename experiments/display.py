@@ -1,10 +1,12 @@
 """What a user sees while a run goes on: bars in a terminal, one plain line an evaluation elsewhere."""
 
+import time
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from fedwsa.config import Config
 
@@ -12,29 +14,34 @@ Event = dict[str, Any]
 
 
 class Display:
-    """Progress of all federations of a run; use as a context manager."""
+    """Progress of a run; use as a context manager.
+
+    In a terminal a bar for each strategy of the federation that is on, and one for all rounds of the run with the time
+    left, by the mean time of the rounds so far but for the first, in which much is done for the first time.
+    """
 
     def __init__(self, config: Config, console: Console) -> None:
-        self.config = config
+        self.rounds = config.rounds
         self.console = console
-        self.federation = ""
         self.several = len(config.federations()) > 1
+        self.prefix = ""
+        self.start = self.end = time.monotonic()
+        self.computed = 0  # rounds, by this process
+        self.completed = dict.fromkeys(config.strategies, 0)  # rounds of this federation, by whom ever
+        self.left = len(config.federations()) * len(config.strategies) * config.rounds
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[accuracy]:>7}"),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[accuracy]:>6}"),
+            _Remaining(self),
             console=console,
-            disable=not console.is_terminal,
+            refresh_per_second=4,
+            transient=True,  # the table at the end has it all
+            disable=not console.is_interactive,
         )
-        self.tasks: dict[tuple[str, str], TaskID] = {}
-        self.total = self.progress.add_task(
-            "all rounds",
-            total=len(config.federations()) * len(config.strategies) * config.rounds,
-            accuracy="",
-            visible=len(config.federations()) * len(config.strategies) > 1,
-        )
+        self.tasks = {name: self.progress.add_task(name, total=config.rounds, accuracy="") for name in self.completed}
+        self.all = self.progress.add_task("all rounds", total=self.left, accuracy="")
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -47,43 +54,62 @@ class Display:
 
     def begin(self, config: Config) -> None:
         """Events from now on are of this federation."""
-        self.federation = f"α = {config.alpha[0]:g}, seed {config.seed[0]}: " if self.several else ""
-        for (federation, _), task in self.tasks.items():  # those of the federations before make room
-            self.progress.update(task, visible=federation == self.federation)
+        self.prefix = f"α = {config.alpha[0]:g}, seed {config.seed[0]}: " if self.several else ""
+        for name, task in self.tasks.items():
+            self.completed[name] = 0
+            self.progress.reset(task, description=f"{self.prefix}{name}", accuracy="")
 
     def finished(self, strategy: str) -> None:
-        """A strategy that an earlier start of this run has completed."""
-        self._advance(strategy, self.config.rounds, None)
+        """A strategy has its final model, maybe since an earlier start of this run."""
+        self._complete(strategy, self.rounds)
 
     def event(self, strategy: str, event: Event) -> None:
-        """Called for every line of metrics.jsonl as it is written."""
-        if event["phase"] == "evaluate-server":
-            self._advance(strategy, event["round"], event["metrics"]["accuracy"])
+        """Called for every line of a strategy's metrics.jsonl as it is written."""
+        if event["phase"] == "train":
+            self._complete(strategy, event["round"] - 1)  # by an earlier start of this run
+            self.computed += 1
+            self._complete(strategy, event["round"])
         for failure in event.get("failures", ()):
-            self.console.print(
-                f"{self.federation}{strategy}, round {event['round']}: left out {failure}", style="yellow", markup=False
-            )
+            self._print(f"{self.prefix}{strategy} round {event['round']}: left out {failure}", style="yellow")
+        if event["phase"] == "evaluate-server":
+            accuracy = f"{event['metrics']['accuracy']:.1%}"
+            self.progress.update(self.tasks[strategy], accuracy=accuracy)
+            if not self.console.is_interactive:
+                counted = f"{event['round']}/{self.rounds}"
+                self._print(f"{self.prefix}{strategy} round {counted} accuracy {accuracy} ETA {self.remaining()}")
 
-    def _advance(self, strategy: str, server_round: int, accuracy: float | None) -> None:
-        key = (self.federation, strategy)
-        if key not in self.tasks:
-            self.tasks[key] = self.progress.add_task(
-                f"{self.federation}{strategy}", total=self.config.rounds, accuracy=""
-            )
-        task = self.tasks[key]
-        before = int(self.progress.tasks[self.progress.task_ids.index(task)].completed)
-        shown = "" if accuracy is None else f"{accuracy:.1%}"
-        self.progress.update(task, completed=server_round, accuracy=shown)
-        self.progress.update(self.total, advance=server_round - before)
-        if not self.console.is_terminal and accuracy is not None:
-            self.console.print(
-                f"{self.federation}{strategy} round {server_round}/{self.config.rounds} accuracy {shown} "
-                f"ETA {self._remaining()}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+    def remaining(self) -> str:
+        """Time that the run will still take; "–" in its first two rounds."""
+        if self.computed < 2:
+            return "–"
+        seconds = max(0, round(self.end - time.monotonic()))
+        if seconds < 60:
+            return f"{seconds} s"
+        minutes = seconds // 60
+        return f"{minutes}:{seconds % 60:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
-    def _remaining(self) -> str:
-        left = self.progress.tasks[self.progress.task_ids.index(self.total)].time_remaining
-        return "–" if left is None else f"{left:.0f} s"
+    def _complete(self, strategy: str, server_round: int) -> None:
+        new = server_round - self.completed[strategy]
+        self.completed[strategy] = server_round
+        self.left -= new
+        self.progress.update(self.tasks[strategy], completed=server_round)
+        self.progress.update(self.all, advance=new)
+        now = time.monotonic()
+        if self.computed < 2:
+            self.start = now
+        else:
+            self.end = now + (now - self.start) / (self.computed - 1) * self.left
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Remaining(ProgressColumn):
+    """The time left, beside the bar of all rounds."""
+
+    def __init__(self, display: Display) -> None:
+        super().__init__()
+        self.display = display
+
+    def render(self, task: Task) -> Text:
+        return Text(f"ETA {self.display.remaining()}" if task.id == self.display.all else "")

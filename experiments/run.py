@@ -1,16 +1,18 @@
 """The main job: every federation of a config, each with all its strategies, into one run folder."""
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 import strategies
 from clients.client_app import app as client_app
-from clients.federation import Federation, federation
+from clients.federation import Federation, federation, load_data
 from experiments.display import Display
 from experiments.report import write_report
 from experiments.results import read_lines, read_run, summarize
@@ -18,15 +20,17 @@ from experiments.table import summary_table
 from fedwsa import config as configuration
 from fedwsa import models
 from fedwsa.config import Config, ConfigError
-from fedwsa.errors import UsageError
+from fedwsa.errors import RunError, UsageError
 from fedwsa.registry import lookup
 from fedwsa.run_folder import (
     CONFIG,
     FINAL,
+    LOCK,
     METRICS,
     PARTITION,
     FolderInUseError,
     claim,
+    discard_leftovers,
     new_folder,
     sha256,
     write_atomically,
@@ -35,14 +39,23 @@ from fedwsa.simulation import open_engine, simulate
 from strategies.server_app import make_app
 
 
+class InterruptedRunError(RunError):
+    """A run that Ctrl-C or SIGTERM ended; `status` is 128 and the signal's number."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def start(config: Config, console: Console) -> Path:
     """Run a config into a new folder, and show the result; returns the folder."""
     check(config)
     folder = new_folder(config)
+    _check_new(folder)
     with _claimed(folder):
-        if (folder / CONFIG).exists():
-            raise FolderInUseError(f"{folder}: holds a run already; fedwsa run --resume {folder}, or choose another")
-        write_atomically(folder / CONFIG, config.to_toml().encode())
+        _check_new(folder)  # again, now that nobody else can
+        repeatable = config.model_copy(update={"out_dir": ""})  # else to repeat it would mean to write over it
+        write_atomically(folder / CONFIG, repeatable.to_toml().encode())
         _run(config, folder, console)
     return folder
 
@@ -54,20 +67,45 @@ def resume(folder: Path, console: Console) -> Path:
     config = configuration.parse(configuration.read(folder / CONFIG))
     check(config)
     with _claimed(folder):
+        discard_leftovers(folder)
         _run(config, folder, console)
     return folder
 
 
 def check(config: Config) -> None:
-    """What the config names exists and its split is possible; ConfigError otherwise, before any work starts."""
-    try:
-        for name in config.strategies:
-            lookup(strategies.STRATEGIES, name, "strategy")
-        lookup(models.MODELS, config.model, "model")
-        for one in config.federations():
-            federation(one)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    """What the config names exists and its split is possible; else ConfigError, a line a problem, before any work."""
+
+    def build_model() -> None:
+        dataset = load_data(config.data, config.data_dir)
+        models.build(config.model, dataset.input_shape, dataset.num_classes, seed=0)
+
+    needed: list[Callable[[], object]] = [
+        *(partial(lookup, strategies.STRATEGIES, name, "strategy") for name in config.strategies),
+        partial(lookup, models.MODELS, config.model, "model"),
+        build_model,
+        *(partial(federation, one) for one in config.federations()),
+    ]
+    problems = []
+    for need in needed:
+        try:
+            need()
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_new(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        raise FolderInUseError(
+            f"{folder}: holds a run already; go on with it by {_resume_command(folder)}, or choose another folder"
+        )
+    if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+        raise FolderInUseError(f"{folder}: holds other files; allowed is a folder that is empty or not yet there")
+
+
+def _resume_command(folder: Path) -> str:
+    return f"fedwsa run --resume {shlex.quote(str(folder))}"
 
 
 @contextmanager
@@ -79,25 +117,60 @@ def _claimed(folder: Path) -> Iterator[None]:
         release()
 
 
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Whatever ends the run, the user is told how to go on with it."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(f"{error}; once this is mended, go on with: {_resume_command(folder)}") from error
+    except (KeyboardInterrupt, SystemExit) as stop:
+        status = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
+        raise InterruptedRunError(f"interrupted; go on with: {_resume_command(folder)}", status) from stop
+
+
 def _run(config: Config, folder: Path, console: Console) -> None:
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
+    with _resumable(folder):
+        if not all(_is_finished(one, _part(config, one, folder)) for one in config.federations()):
+            _train(config, folder, console)
+        for one in config.federations():
+            _summarize(one, folder, _part(config, one, folder))
+        try:
+            report = write_report(folder)
+        except OSError as error:
+            raise RunError(f"{folder}: the report cannot be written: {error.strerror or error}") from error
+    console.print(summary_table(read_run(folder)))
+    console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _train(config: Config, folder: Path, console: Console) -> None:
     engine = open_engine(
         config.engine, workers=config.workers, threads_per_client=config.threads_per_client, start_here=True
     )
     with Display(config, console) as display, engine as opened:
         for one in config.federations():
-            part = folder if len(config.federations()) == 1 else folder / f"alpha-{one.alpha[0]:g}_seed-{one.seed[0]}"
+            part = _part(config, one, folder)
             display.begin(one)
             _write_partition(one, federation(one), part)
             for name in one.strategies:
                 if (part / name / FINAL).exists():
                     display.finished(name)
-            app = make_app(part, display.event)
-            simulate(app, client_app, one.num_clients, engine=opened, run_config=one.to_run_config())
+            if not _is_finished(one, part):
+                app = make_app(part, display.event)
+                simulate(app, client_app, one.num_clients, engine=opened, run_config=one.to_run_config())
+            for name in one.strategies:
+                display.finished(name)
             _summarize(one, folder, part)
-    report = write_report(folder)
-    console.print(summary_table(read_run(folder)))
-    console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _part(config: Config, one: Config, folder: Path) -> Path:
+    """Where one of the config's federations is."""
+    return folder if len(config.federations()) == 1 else folder / f"alpha-{one.alpha[0]:g}_seed-{one.seed[0]}"
+
+
+def _is_finished(one: Config, part: Path) -> bool:
+    return all((part / name / FINAL).exists() for name in one.strategies)
 
 
 def _write_partition(config: Config, holdings: Federation, folder: Path) -> None:
@@ -119,7 +192,7 @@ def _write_partition(config: Config, holdings: Federation, folder: Path) -> None
 def _summarize(config: Config, folder: Path, part: Path) -> None:
     """A line in the run's metrics.jsonl for each strategy that has none yet."""
     path = folder / METRICS
-    lines = read_lines(path) if path.exists() else []
+    lines = read_lines(path)
     there = {(line["alpha"], line["seed"], line["strategy"]) for line in lines}
     for name in config.strategies:
         if (config.alpha[0], config.seed[0], name) not in there:

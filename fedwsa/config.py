@@ -3,8 +3,11 @@
 Keys are written with hyphens in TOML, on the command line and in Flower's run config (`num-clients`).
 """
 
+import difflib
+import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +19,14 @@ from fedwsa.errors import UsageError
 
 class ConfigError(UsageError):
     """A configuration that cannot run; the message has one line a problem: key, value, what is allowed."""
+
+
+class _ContradictionError(ValueError):
+    """Values that are well each by itself and impossible together: for each, the keys and the line."""
+
+    def __init__(self, found: list[tuple[set[str], str]]) -> None:
+        super().__init__("\n".join(line for _, line in found))
+        self.found = found
 
 
 def _as_list(value: Any) -> Any:
@@ -76,7 +87,14 @@ class NPMergeConfig(_Section):
 class Config(_Section):
     """Everything that decides a run. Sizes are counts of samples or clients, times are seconds."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)] = "main"
+    name: Annotated[
+        str,
+        Field(
+            pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            max_length=80,
+            description="up to 80 letters, digits, dots, hyphens and underscores, the first a letter or digit",
+        ),
+    ] = "main"
     strategies: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
         "fedavg",
         "fedavg-wsa",
@@ -119,26 +137,32 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        problems = []
-        for key in ("cohort", "evaluation-cohort"):
-            if (value := getattr(self, key.replace("-", "_"))) > self.num_clients:
-                problems.append(f"{key} = {value}: allowed is at most num-clients = {self.num_clients}")
-        if "np-merge" in self.strategies and self.server_samples == 0:
-            problems.append("server-samples = 0: np-merge learns on the server's split; allowed is at least 1 with it")
-        if self.evaluation_cohort and self.validation_fraction == 0:
-            problems.append("validation-fraction = 0: clients evaluate on it; allowed with evaluation-cohort = 0 only")
-        if self.evaluation_cohort and self.min_size < 2:
-            problems.append(
-                f"min-size = {self.min_size}: one sample to train on and one to evaluate; allowed is at least 2, "
-                "or evaluation-cohort = 0"
-            )
-        for key in ("strategies", "alpha", "seed"):
-            values = getattr(self, key)
-            if len(set(values)) < len(values):
-                problems.append(f"{key} = {list(values)}: allowed are different values")
-        if problems:
-            raise ValueError("\n".join(problems))
+        if found := list(self._contradictions()):
+            raise _ContradictionError(found)
         return self
+
+    def _contradictions(self) -> Iterator[tuple[set[str], str]]:
+        for key, value in (("cohort", self.cohort), ("evaluation-cohort", self.evaluation_cohort)):
+            if value > self.num_clients:
+                yield {key, "num-clients"}, f"{key} = {value}: allowed is at most num-clients = {self.num_clients}"
+        if "np-merge" in self.strategies and self.server_samples == 0:
+            line = "server-samples = 0: np-merge learns on the server's split; allowed with it is a whole number ≥ 1"
+            yield {"server-samples", "strategies"}, line
+        if self.evaluation_cohort and self.validation_fraction == 0:
+            line = "validation-fraction = 0: clients evaluate on it; allowed is > 0, or evaluation-cohort = 0"
+            yield {"validation-fraction", "evaluation-cohort"}, line
+        if self.evaluation_cohort and self.min_size < 2:
+            line = (
+                f"min-size = {self.min_size}: a client trains on one sample and evaluates on another; "
+                "allowed is a whole number ≥ 2, or evaluation-cohort = 0"
+            )
+            yield {"min-size", "evaluation-cohort"}, line
+        alphas = [f"{alpha:g}" for alpha in self.alpha]  # as folders are named
+        for key, values in (("strategies", self.strategies), ("alpha", alphas), ("seed", self.seed)):
+            if len(set(values)) < len(values):
+                how = " in their first six digits" if key == "alpha" else ""
+                shown = _shown(getattr(self, key))
+                yield {key}, f"{key} = {shown}: allowed are values that differ from each other{how}"
 
     def federations(self) -> list["Config"]:
         """One config for each (α, seed), in this order: all seeds of the first α, then of the next."""
@@ -185,64 +209,115 @@ def from_run_config(run_config: Mapping[str, Any]) -> Config:
 
 
 def assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
-    """Set `values["a"]["b"]` for the key "a.b"."""
-    *sections, last = dotted_key.split(".")
+    """Set `values["a"]["b"]` for the key "a.b"; underscores in the key count as hyphens."""
+    *sections, last = dotted_key.replace("_", "-").split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{dotted_key}: {section} is a single value, not a section")
+            raise ConfigError(f"{dotted_key}: {section} is given as a single value too; allowed is one of the two")
     values[last] = value
 
 
 def parse(values: Mapping[str, Any]) -> Config:
     """Config from nested values; raises ConfigError with a line for each problem: key, value, what is allowed."""
+    spelled = hyphenated(values)
     try:
-        return Config.model_validate(_hyphenated(values))
+        return Config.model_validate(spelled)
     except ValidationError as error:
-        raise ConfigError("\n".join(_lines(error))) from None
+        problems, wrong = _problems(error)
+    if wrong:  # then the check over several keys was not reached; it is made without those that are wrong themselves
+        try:
+            Config.model_validate({key: value for key, value in spelled.items() if key not in wrong})
+        except ValidationError as error:
+            problems += _problems(error, wrong)[0]
+    raise ConfigError("\n".join(problems))
 
 
-def _hyphenated(values: Mapping[str, Any]) -> dict[str, Any]:
+def hyphenated(values: Mapping[str, Any]) -> dict[str, Any]:
     """Hyphens for underscores, so that both spellings of one key cannot stand side by side."""
     spelled: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("_", "-")
         if name in spelled:
-            raise ConfigError(f"{key}: given twice (as {name} too)")
-        spelled[name] = _hyphenated(value) if isinstance(value, Mapping) else value
+            raise ConfigError(f"{name}: given twice, with a hyphen and with an underscore; allowed is one of the two")
+        spelled[name] = hyphenated(value) if isinstance(value, Mapping) else value
     return spelled
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Values of a TOML file; ConfigError names the file and the place where it cannot be read."""
+    """Values of a TOML file, keys with hyphens; ConfigError names the file and the place where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return hyphenated(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file in UTF-8: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
-def _lines(error: ValidationError) -> list[str]:
-    lines: list[str] = []
+def _problems(error: ValidationError, wrong: set[str] | None = None) -> tuple[list[str], set[str]]:
+    """A line for each problem, but none that has to do with a key in `wrong`; and the keys that are wrong."""
+    lines, keys = [], set()
     for problem in error.errors(include_url=False):
-        key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+        location = [part for part in problem["loc"] if isinstance(part, str)]  # without positions in a list
+        key = ".".join(location)
+        if not location:
+            lines += [line for keys_, line in problem["ctx"]["error"].found if not keys_ & (wrong or set())]
+            continue
+        keys.add(location[0])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key; allowed are {', '.join(_known_keys(problem['loc'][:-1]))}")
-        elif not problem["loc"]:  # of the check over several keys
-            lines += str(problem["ctx"]["error"]).splitlines()
+            lines.append(_unknown(key))
         else:
-            lines.append(f"{key} = {problem['input']!r}: {_allowed(problem['msg'])}")
-    return lines
+            lines.append(f"{key} = {_shown(problem['input'])}: allowed is {_allowed(_schemas()[key])}")
+    return lines, keys
 
 
-def _allowed(message: str) -> str:
-    return message.replace("Input should be ", "allowed is ").replace("a valid ", "a ")
+def _unknown(key: str) -> str:
+    section = key.rpartition(".")[0]
+    names = [known for known in _schemas() if known.rpartition(".")[0] == section]
+    by_last = {known.rpartition(".")[2]: known for known in [*_schemas(), *names]}  # the same section's come first
+    nearest = difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1)
+    hint = f"did you mean {by_last[nearest[0]]}? " if nearest else ""
+    return f"{key}: unknown key; {hint}allowed are {', '.join(names)}"
 
 
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {"wsa": WSAConfig, "np-merge": NPMergeConfig}
-    section = sections[str(location[0])] if location else Config
-    return [field.replace("_", "-") for field in section.model_fields]
+@cache
+def _schemas() -> dict[str, dict[str, Any]]:
+    """What is allowed for each key, sections' keys dotted, as JSON Schema."""
+    schema = Config.model_json_schema()
+    schemas: dict[str, dict[str, Any]] = {}
+    for key, value in schema["properties"].items():
+        schemas[key] = value
+        if "$ref" in value:
+            section = schema["$defs"][value["$ref"].rpartition("/")[2]]["properties"]
+            schemas |= {f"{key}.{name}": inner for name, inner in section.items()}
+    return schemas
+
+
+def _allowed(schema: Mapping[str, Any]) -> str:
+    if "description" in schema:
+        return str(schema["description"])
+    if "$ref" in schema:
+        return "a section with keys of its own"
+    if "enum" in schema:
+        *most, last = [_shown(value) for value in schema["enum"]]
+        return f"{', '.join(most)} or {last}"
+    if schema["type"] == "array":
+        return f"{_allowed(schema['items'])}, or a list of such, not empty"
+    kinds = {
+        "integer": "a whole number",
+        "number": "a finite number",
+        "boolean": "true or false",
+        "string": "text in quotes",
+    }
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[bound]}" for bound, sign in bounds.items() if bound in schema]
+    return f"{kinds[schema['type']]} {' and '.join(limits)}".rstrip()
+
+
+def _shown(value: Any) -> str:
+    """As TOML would have it."""
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BATCH = 1000  # bounds memory; the result does not depend on it beyond float64 rounding
+BATCH = 1000  # bounds memory; the result does not depend on it beyond rounding
 
 
 @torch.no_grad()

@@ -7,10 +7,10 @@ A train or evaluate message holds
   the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
   ``scope-mode`` and ``scope-reduction``.
 
-A reply holds ``arrays`` (training only) and ``metrics`` (MetricRecord): ``num-examples``, the weight of the client;
-``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training also the scope of the weights that it sends,
-``scope-means`` and ``scope-variances``, one number a layer in the order of the layers in ``arrays``. A client that
-sends no scope counts for the model and not for the fusion of scopes.
+A reply holds ``arrays`` (training only; in the order in which they came) and ``metrics`` (MetricRecord):
+``num-examples``, the weight of the client; ``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training
+also the scope of the weights that it sends, ``scope-means`` and ``scope-variances``, one number a layer in the order of
+the layers in ``arrays``. A client that sends no scope counts for the model and not for the fusion of scopes.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -84,9 +84,11 @@ def pack_scope(scope: WeightScope) -> dict[str, list[float]]:
 
 
 def take_scope(metrics: MutableMapping[str, Any], names: tuple[str, ...]) -> WeightScope | None:
-    """Take a reply's scope out of its metrics; None where it has none or one for other layers than `names`."""
+    """Take a reply's scope out of its metrics; None where it has none, or numbers that are no scope of `names`."""
     means, variances = metrics.pop(SCOPE_MEANS, None), metrics.pop(SCOPE_VARIANCES, None)
     if not (isinstance(means, list) and isinstance(variances, list) and len(means) == len(variances) == len(names)):
+        return None
+    if any(variance < 0 for variance in variances):
         return None
     return WeightScope(names, torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64))
 

@@ -39,8 +39,8 @@ class WeightScopeRegularizer:
     the weights after the step; it is stable for every λ, and Adam does not rescale it.
 
     Layers that the target does not name are free. A layer is left alone while it is frozen (`requires_grad` false) or
-    degenerate: constant, one element, not finite, or too narrow for its dtype, here or in the target. A degenerate one
-    is reported once to the logger "fedwsa". strength=0 changes no bit.
+    degenerate: constant, fewer than two elements, not finite, or too narrow for its dtype, here or in the target.
+    Degenerate layers are reported once to the logger "fedwsa". strength=0 changes no bit.
 
     named_parameters: as `model.named_parameters()` gives them. target: see `fedwsa.scope.measure`. strength: λ >= 0.
     Raises ValueError for a λ that is negative or not finite, an unknown mode or reduction, or a target layer that is
@@ -82,7 +82,7 @@ class WeightScopeRegularizer:
         unusable = []
         numbers = zip(target.means.tolist(), target.variances.tolist(), strict=True)
         for (name, parameter), (mean, variance) in zip(self._parameters.items(), numbers, strict=True):
-            if _usable(mean, variance):
+            if _usable(mean, variance) and parameter.numel() > 1:
                 size, largest = float(parameter.numel()), torch.finfo(parameter.dtype).max
                 quick = parameter.dtype in (torch.float32, torch.float64)
                 self._layers.append(_Layer(name, parameter, size, mean, variance, largest, quick))

@@ -3,10 +3,11 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from fedwsa.errors import RunError, UsageError
 KEEP = 2  # checkpoints of a strategy
 
 METRICS, FINAL, CONFIG, PARTITION = "metrics.jsonl", "final.safetensors", "config.toml", "partition.json"
+LOCK = ".lock"
+
+_LOG = logging.getLogger("fedwsa")
 
 
 class RunFolderError(RunError):
@@ -36,37 +40,57 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises RunFolderError (a full disk, no permission); then `path` is what it was before.
     """
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def discard_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed in `write_atomically` left; for the one that has claimed the folder."""
+    for temporary in folder.rglob(".*.tmp"):
+        temporary.unlink()
 
 
 def new_folder(config: Config) -> Path:
-    """Where a config's run goes: `out-dir`, or else `<runs-dir>/<time>-<name>`."""
-    return Path(config.out_dir or Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"))
+    """Where a config's run goes: `out-dir`, or else `<runs-dir>/<time>-<name>`, made here so that it is nobody else's.
+
+    Raises UsageError where it cannot be made.
+    """
+    if config.out_dir:
+        return Path(config.out_dir)
+    first = folder = Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}")
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # of a run that started in the same second
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+        except OSError as error:
+            raise _unusable(folder, error) from error
 
 
 def claim(folder: Path) -> Callable[[], None]:
     """Lock a run folder against other processes until the returned function is called or this process ends.
 
-    Raises FolderInUseError where another process holds it, RunFolderError where it cannot be made.
+    Raises FolderInUseError where another process holds it, UsageError where it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / LOCK).open("w")
     except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be used as a run folder: {error.strerror or error}") from error
+        raise _unusable(folder, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -106,11 +130,11 @@ class StrategyFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
         except OSError as error:
-            raise RunFolderError(f"{self.metrics}: cannot be written: {error.strerror or error}") from error
+            raise _unwritable(self.metrics, error) from error
 
     def save_checkpoint(self, server_round: int, model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """One safetensors file whose metadata hold the JSON part: the two cannot come apart."""
-        header = {"round": server_round, "metrics-bytes": self.metrics.stat().st_size}
+        header = {"round": server_round, "metrics-bytes": self._sync_metrics()}
         tensors = {f"model/{name}": tensor for name, tensor in model.items()}
         tensors |= {f"strategy/{name}": tensor for name, tensor in state.items()}
         path = self.checkpoints / f"round-{server_round:06d}.safetensors"
@@ -119,23 +143,52 @@ class StrategyFolder:
             old.unlink()
 
     def resume(self) -> Checkpoint | None:
-        """The newest checkpoint that can be read, with metrics.jsonl cut back to its moment; None: start anew."""
-        for path in sorted(self.checkpoints.glob("round-*.safetensors"), reverse=True):
+        """The newest checkpoint that is whole, with metrics.jsonl cut back to its moment; None: start anew.
+
+        A damaged one is passed over with a warning: those before it lead to the same model. RunFolderError if none
+        is whole.
+        """
+        paths = sorted(self.checkpoints.glob("round-*.safetensors"), reverse=True)
+        for path in paths:
             try:
                 checkpoint = _read_checkpoint(path)
-            except Exception as error:
-                raise RunFolderError(
-                    f"{path}: not a readable checkpoint ({error}); delete it to use the one before"
-                ) from error
-            if self.metrics.stat().st_size > checkpoint.metrics_bytes:
-                os.truncate(self.metrics, checkpoint.metrics_bytes)
-            return checkpoint
+                self._cut_metrics(checkpoint.metrics_bytes)
+                return checkpoint
+            except OSError as error:
+                raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
+            except Exception as error:  # whatever damaged bytes lead to
+                _LOG.warning("%s: passed over, since it is damaged (%s)", path, error)
+        if paths:
+            raise RunFolderError(f"{self.checkpoints}: no checkpoint is whole; delete {self.path} to begin it anew")
         self.metrics.unlink(missing_ok=True)
         return None
 
     def save_final(self, model: Mapping[str, Tensor]) -> None:
         """The model after the last round."""
         write_atomically(self.final, save(_own_memory(model)))
+
+    def _sync_metrics(self) -> int:
+        """Bytes of metrics.jsonl, all of them on the disk now: a checkpoint must not outlive what it counts on."""
+        try:
+            with self.metrics.open("ab") as file:
+                os.fsync(file.fileno())
+                return file.tell()
+        except OSError as error:
+            raise _unwritable(self.metrics, error) from error
+
+    def _cut_metrics(self, size: int) -> None:
+        with self.metrics.open("ab") as file:
+            if file.tell() < size:
+                raise ValueError(f"{self.metrics} is shorter than it was at this checkpoint")
+            file.truncate(size)
+
+
+def _unwritable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _unusable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"{folder}: cannot be used as a run folder: {error.strerror or error}")
 
 
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,11 @@ def weight_of(metrics: MetricRecord) -> float:
     return float(metrics[messages.NUM_EXAMPLES])  # type: ignore[arg-type]
 
 
+def as_type(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Values in another type; for integers they are rounded to the nearest."""
+    return np.asarray(values if kind.kind == "f" else np.rint(values), dtype=kind)
+
+
 class MeanModel:
     """Σ w_k θ_k / Σ w_k, one model's memory whatever the cohort: float64 sums, the arrays' own types at the end.
 
@@ -47,8 +52,7 @@ class MeanModel:
         """The mean of what was added."""
         record = ArrayRecord()
         for name, total in self.sums.items():
-            mean, kind = total / self.weight, self.types[name]
-            record[name] = NumpyArray((mean if kind.kind == "f" else np.rint(mean)).astype(kind))
+            record[name] = NumpyArray(as_type(total / self.weight, self.types[name]))
         return record
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fedwsa import messages
 from fedwsa.arrays import NumpyArray, view
 from fedwsa.errors import RunError
+from strategies.aggregation import as_type
 from strategies.sampling import each
 
 
@@ -25,16 +26,19 @@ class NoUsableReplyError(RunError):
 class Gate(Strategy):
     """Any strategy, shielded from replies that would poison or end its run; wrap it outermost.
 
-    A reply passes if it answers this round's message, carries one model with the names, shapes and types that were
-    sent and finite numbers, and one metric record with finite values and 0 < num-examples ≤ 10⁹. Others are left out;
-    `failures` says why, one line each, for the phase that ended last.
+    A reply passes if it answers this round's message, carries one model with the names (in their order), shapes and
+    types that were sent and finite numbers, and one metric record with finite values and 0 < num-examples ≤ 10⁹.
+    Others are left out; `failures` says why, one line each, for the phase that ended last.
+
+    Flower's strategies end the run where clients report unlike metrics. They look at them when all replies are in, and
+    by then those that not every usable reply has are gone.
     """
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
         self.failures: list[str] = []
         self.usable = 0
-        self._sent: dict[int, int] = {}  # messages by node
+        self._sent: list[Metadata] = []
         self._layout: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def configure_train(
@@ -47,8 +51,13 @@ class Gate(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the wrapped strategy makes of the usable replies; NoUsableReplyError if there is none."""
-        return self.strategy.aggregate_train(server_round, self._passed(server_round, replies, training=True))
+        """What the wrapped strategy makes of the usable replies; NoUsableReplyError if there is none.
+
+        The model keeps the types that were sent: Flower's FedAdam makes float64 of float32, and its FedAvg of counters.
+        """
+        passed = self._passed(server_round, replies, training=True)
+        arrays, metrics = self.strategy.aggregate_train(server_round, passed)
+        return arrays and self._typed(arrays), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -73,30 +82,53 @@ class Gate(Strategy):
         """The wrapped strategy's."""
         self.strategy.load_state(state)  # type: ignore[attr-defined]
 
+    def _typed(self, arrays: ArrayRecord) -> ArrayRecord:
+        for name, (_, dtype) in self._layout.items():
+            if name in arrays and arrays[name].dtype != dtype:
+                arrays[name] = NumpyArray(as_type(view(arrays[name]), np.dtype(dtype)))
+        return arrays
+
     def _marked(self, server_round: int, outgoing: Iterable[Message]) -> list[Message]:
         marked = list(outgoing)
         for message in marked:
             message.metadata.group_id = str(server_round)  # a reply inherits it
-        self._sent = {message.metadata.dst_node_id: server_round for message in marked}
+        self._sent = [message.metadata for message in marked]
         self.failures, self.usable = [], 0
         return marked
 
     def _passed(self, server_round: int, replies: Iterable[Message], *, training: bool) -> Iterator[Message]:
         received = 0
+        passed: list[MetricRecord] = []
         for reply in each(replies):
             received += 1
             fault = _fault(reply, server_round, self._layout if training else None)
             if fault is None:
                 self.usable += 1
+                passed.append(reply.content.metric_records[messages.METRICS])
                 yield reply
             else:
-                self.failures.append(f"node {reply.metadata.src_node_id}: {fault}")
+                self.failures.append(f"node {self._sender(reply.metadata)}: {fault}")
+        _keep_common(passed)
         if missing := len(self._sent) - received:
             self.failures.append(f"{missing} of {len(self._sent)} clients did not reply in time")
         if training and self._sent and not self.usable:
             raise NoUsableReplyError(
                 f"round {server_round}: none of {len(self._sent)} clients gave a usable reply; {self.failures[0]}"
             )
+
+    def _sender(self, reply: Metadata) -> int:
+        """Flower gives its own node id to the error reply in place of a node that died."""
+        asked = {sent.message_id: sent.dst_node_id for sent in self._sent}
+        return asked.get(reply.reply_to_message_id, reply.src_node_id)
+
+
+def _keep_common(records: list[MetricRecord]) -> None:
+    """Drop what not every record has, or not with the same length."""
+    kinds = [{(key, len(v) if isinstance(v, list) else None) for key, v in record.items()} for record in records]
+    common = set.intersection(*kinds) if kinds else set()
+    for record, kind in zip(records, kinds, strict=True):
+        for key, _ in kind - common:
+            del record[key]
 
 
 def _fault(reply: Message, server_round: int, layout: Mapping[str, tuple[tuple[int, ...], str]] | None) -> str | None:
@@ -131,6 +163,8 @@ def _arrays_fault(arrays: ArrayRecord, layout: Mapping[str, tuple[tuple[int, ...
     """Also puts the decoded numbers in place of bytes, so that nobody decodes them again."""
     if unlike := layout.keys() ^ arrays.keys():
         return f"array names differ: {sorted(unlike)}"
+    if list(layout) != list(arrays):  # scopes are told apart by it
+        return f"arrays are not in the order in which they were sent: {list(arrays)}"
     for name, (shape, dtype) in layout.items():
         try:
             values = view(arrays[name])

@@ -12,7 +12,7 @@ from fedwsa import messages
 from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config, NPMergeConfig
 from fedwsa.merging import successive_np_merge
-from fedwsa.seeding import torch_generator
+from fedwsa.seeding import torch_generator, torch_seed
 from strategies.aggregation import MeanMetrics, ScopeStatistics, weight_of
 from strategies.fedavg import FedAvg
 from strategies.holdout import Holdout
@@ -71,14 +71,16 @@ class NPMerge(FedAvg):
                 metrics.add(own, weight_of(own))
                 yield unpack(arrays), weight_of(own)
 
-        merged = successive_np_merge(
-            models(),
-            batch_loss(self.holdout, self.options.batch_size, torch_generator(self.seed, "np-merge", server_round)),
-            steps=self.options.steps,
-            learning_rate=self.options.learning_rate,
-            align=self.options.align,
-            trainable={name for name, _ in self.holdout.model.named_parameters()},
-        )
+        with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
+            torch.default_generator.manual_seed(torch_seed(self.seed, "np-merge", server_round))
+            merged = successive_np_merge(
+                models(),
+                batch_loss(self.holdout, self.options.batch_size, torch_generator(self.seed, "np-merge", server_round)),
+                steps=self.options.steps,
+                learning_rate=self.options.learning_rate,
+                align=self.options.align,
+                trainable={name for name, _ in self.holdout.model.named_parameters()},
+            )
         return pack(merged), MetricRecord({**metrics.record(), **scopes.metrics(scopes.fused())})
 
 

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore import log
 
 from fedwsa import messages
 from fedwsa.errors import RunError
@@ -24,10 +26,15 @@ def draw(grid: Grid, size: int, *, seed: int, purpose: str, server_round: int, t
     after `timeout` seconds.
     """
     deadline = time.monotonic() + timeout
+    told: int | None = None
     while len(nodes := sorted(grid.get_node_ids())) < size:
-        if time.monotonic() >= deadline:
+        left = deadline - time.monotonic()
+        if left <= 0:
             raise TooFewClientsError(f"{len(nodes)} clients connected after {timeout:g} s, the cohort needs {size}")
-        time.sleep(min(POLL, timeout))
+        if len(nodes) != told:
+            told = len(nodes)
+            log(INFO, "waiting for clients: %d connected, the cohort needs %d", told, size)
+        time.sleep(min(POLL, left))
     chosen = generator(seed, purpose, server_round).choice(len(nodes), size, replace=False)
     return [nodes[index] for index in sorted(chosen)]
 

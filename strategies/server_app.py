@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 
 import torch
@@ -23,9 +23,11 @@ from strategies.rounds import Event, Notify, Rounds
 
 
 def log_event(strategy: str, event: Event) -> None:
-    """One line an event in Flower's log."""
+    """One line an event in Flower's log, and a warning for each client that failed."""
     metrics = " ".join(f"{key}={value:.4f}" for key, value in event["metrics"].items())
     log(INFO, "%s round %d %s: %s", strategy, event["round"], event["phase"], metrics)
+    for failure in event.get("failures", []):
+        log(WARNING, "%s round %d %s: left out %s", strategy, event["round"], event["phase"], failure)
 
 
 def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerApp:

@@ -1,5 +1,6 @@
 """Weight scope alignment around any strategy. arXiv 2408.12237; see `fedwsa.scope` for the formulas."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -10,7 +11,7 @@ from torch import Tensor, stack
 from fedwsa import messages
 from fedwsa.arrays import unpack
 from fedwsa.config import Config
-from fedwsa.scope import WeightScope, measure
+from fedwsa.scope import VARIANCE_FUSIONS, WeightScope, measure
 from strategies.aggregation import ScopeStatistics
 from strategies.fedavg import FedAvg
 from strategies.holdout import Holdout
@@ -27,6 +28,7 @@ class WeightScopeAlignment(Strategy):
     target: `fused`, the clients' scopes of the round before; `initial`, the scope of the first global model for ever
         (which is also where `fused` starts).
     variance: how variances are fused, see `fedwsa.scope.fuse`.
+    Raises ValueError for other values of any of these.
     """
 
     def __init__(
@@ -39,6 +41,16 @@ class WeightScopeAlignment(Strategy):
         target: str = "fused",
         variance: str = "mean",
     ) -> None:
+        if not 0 <= strength < math.inf:
+            raise ValueError(f"strength must be >= 0 and finite, got {strength!r}")
+        for name, value, allowed in (
+            ("mode", mode, ("loss", "proximal")),
+            ("reduction", reduction, ("sum", "mean")),
+            ("target", target, ("fused", "initial")),
+            ("variance", variance, VARIANCE_FUSIONS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         self.strategy = strategy
         self.strength = strength
         self.mode = mode
@@ -93,14 +105,15 @@ class WeightScopeAlignment(Strategy):
             {}
             if target is None
             else {
-                f"target/{name}": stack([target.means[i], target.variances[i]]) for i, name in enumerate(target.names)
+                f"target/{i:06d}/{name}": stack([target.means[i], target.variances[i]])  # files sort by name
+                for i, name in enumerate(target.names)
             }
         )
         return own | {f"wrapped/{key}": value for key, value in self.strategy.state().items()}  # type: ignore[attr-defined]
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
-        target = {key.removeprefix("target/"): value for key, value in state.items() if key.startswith("target/")}
+        target = {key.split("/", 2)[2]: state[key] for key in sorted(state) if key.startswith("target/")}
         wrapped = {key.removeprefix("wrapped/"): value for key, value in state.items() if key.startswith("wrapped/")}
         if target:
             means, variances = stack(list(target.values())).unbind(1)

@@ -248,6 +248,7 @@ def degenerate_layers(dtype=torch.float32) -> dict[str, nn.Parameter]:
         "zeros": nn.Parameter(torch.zeros(5, 7, dtype=dtype)),
         "constant": nn.Parameter(torch.full((37, 91), 0.1, dtype=dtype)),
         "single": nn.Parameter(torch.ones(1, 1, dtype=dtype)),
+        "empty": nn.Parameter(torch.ones(0, 3, dtype=dtype)),
         "infinite": infinite,
         "undefined": undefined,
         "target_zero": layer((5, 7), seed=3, dtype=dtype),

@@ -25,7 +25,8 @@ def open_engine(
     name: `inprocess` (the clients one after another, here) or `ray` (persistent actors side by side).
     workers: clients that compute at the same time (`ray` only); 0: one a core.
     threads_per_client: PyTorch threads of each; the results depend on it, not on `workers`.
-    start_here: (`ray` only) let this process answer while the workers start.
+    start_here: (`ray` only) let this process answer while the workers start; not for a ServerApp that draws from the
+        global `random`.
     """
     if name not in ENGINES:
         raise ValueError(f"engine = {name!r}: allowed are {', '.join(ENGINES)}")

@@ -120,7 +120,12 @@ class InProcessEngine:
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            return [answer(self.population, _own_content(self.jobs.popleft()))]
+            job = self.jobs.popleft()
+            own = make_message(job.message.metadata, _own(job.message.content))
+            given = answer(self.population, Job(own, job.partition_id, job.state))
+            if given.reply.has_content():
+                given.reply.content = _own(given.reply.content)
+            return [given]
         finally:
             torch.set_num_threads(before)
 
@@ -142,7 +147,6 @@ def snapshot(record: Record) -> Record:
     return arrays
 
 
-def _own_content(job: Job) -> Job:
-    """Records of its own for a client in this process, as one behind a network would have."""
-    content = RecordDict({key: snapshot(record) for key, record in job.message.content.items()})
-    return Job(make_message(job.message.metadata, content), job.partition_id, job.state)
+def _own(content: RecordDict) -> RecordDict:
+    """Records of its own for a side of a message that stays in this process, as it would have behind a network."""
+    return RecordDict({key: snapshot(record) for key, record in content.items()})

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import random
 import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +86,8 @@ class RayEngine:
     """Persistent actors on this machine; an actor that dies is replaced and its messages are sent again.
 
     start_here: until Ray is up, seconds, the clients run in this process (results are the same bits wherever a client
-    runs); for client apps that may run beside the server.
+    runs); for client apps that may run beside the server, and a server that draws nothing from the global `random`
+    (Flower's own strategies do), because Ray's start draws from it too.
     """
 
     def __init__(self, workers: int = 0, threads_per_client: int = 1, *, start_here: bool = False) -> None:
@@ -99,9 +102,13 @@ class RayEngine:
         self._here = InProcessEngine(threads_per_client) if start_here else None
         self._ended = threading.Event()
         self._starting: Future[list[_Actor]] = Future()
-        threading.Thread(target=self._bring_up, daemon=True).start()
-        if not start_here:
-            self._adopt()
+        bring_up = threading.Thread(target=self._bring_up, daemon=True)
+        if start_here:
+            bring_up.start()
+        else:
+            with _random_kept():
+                bring_up.start()
+                self._adopt()
 
     @property
     def workers(self) -> int:
@@ -169,7 +176,8 @@ class RayEngine:
         finally:
             self._actors, self._records, self._closed = [], {}, True
             if self._owns_ray:
-                ray.shutdown()
+                with _random_kept():
+                    ray.shutdown()
             self._ended.set()
 
     def _bring_up(self) -> None:
@@ -252,6 +260,16 @@ class RayEngine:
                 del self._records[next(iter(self._records))]
             self._records[key] = (values, ray.put(record))
         return self._records[key][1]
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    """Ray draws from the global `random`, from which a ServerApp's strategy may draw its cohorts."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _path() -> list[str]:

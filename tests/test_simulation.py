@@ -1,0 +1,684 @@
+"""The grid and its replies, the engine in this process, `simulate`, and the seeds."""
+
+import gc
+import os
+import random
+import sys
+import time
+import weakref
+from collections import Counter
+from itertools import islice
+
+import apps
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from hypothesis import assume, given
+from hypothesis.strategies import integers, sampled_from, tuples
+
+from fedwsa import seeding
+from fedwsa.simulation import open_engine, simulate
+from fedwsa.simulation.engine import answer
+
+RAISED = 2  # Flower's code of a client app that raises
+
+
+def federate(main, train, num_clients=4, engine="inprocess", **run_config):
+    """What `main(grid)` returns in a federation whose clients answer by `train(message, context)`."""
+    server, client, results = ServerApp(), ClientApp(), []
+    client.train()(train)
+    server.main()(lambda grid, context: results.append(main(grid)))
+    simulate(server, client, num_clients, engine=engine, run_config=run_config)
+    return results[0]
+
+
+def messages(grid, content=None, nodes=None):
+    """One for each node (default: all of them), all with the same content."""
+    content = RecordDict() if content is None else content
+    return [Message(content, node, "train") for node in (grid.get_node_ids() if nodes is None else nodes)]
+
+
+def config(**values):
+    return RecordDict({"config": ConfigRecord(values)})
+
+
+def reply(message, **values):
+    return Message(config(**values), reply_to=message)
+
+
+def value(message):
+    return message.content["config"]["value"]
+
+
+def name(message, context):
+    """A client that says which it is."""
+    return reply(message, value=context.node_config["partition-id"])
+
+
+def remember(message, context):
+    """A client that counts its messages."""
+    seen = context.state["seen"]["count"] + 1 if "seen" in context.state else 1
+    context.state["seen"] = ConfigRecord({"count": seen})
+    return reply(message, value=seen)
+
+
+class Scripted:
+    """An engine with two workers that answers the newest job first, writes down what it gets, and can be deaf."""
+
+    workers = 2
+
+    def __init__(self, deaf_to=()):
+        self.deaf_to, self.jobs, self.submitted, self.cancelled = deaf_to, [], [], set()
+
+    def begin(self, population):
+        self.population = population
+
+    def submit(self, job):
+        self.jobs.append(job)
+        self.submitted.append(job.partition_id)
+
+    def collect(self, timeout):
+        for job in reversed(self.jobs):
+            if job.partition_id not in self.deaf_to:
+                self.jobs.remove(job)
+                return [answer(self.population, job)]
+        assert timeout is not None, "would wait for ever"
+        time.sleep(timeout)
+        return []
+
+    def cancel(self, message_ids):
+        self.cancelled |= message_ids
+        self.jobs = [job for job in self.jobs if job.message.metadata.message_id not in message_ids]
+
+    def close(self):
+        pass
+
+
+# ---- nodes and messages
+
+
+def test_every_client_is_a_node():
+    def main(grid):
+        assert [node.node_id for node in grid.get_nodes()] == list(grid.get_node_ids())
+        return list(grid.get_node_ids())
+
+    nodes = federate(main, name, num_clients=5)
+    assert len(set(nodes)) == 5
+    assert nodes == sorted(nodes)
+
+
+def test_a_client_knows_who_it_is_and_what_the_run_is():
+    def client(message, context):
+        assert context.node_id == message.metadata.dst_node_id
+        return reply(message, **context.node_config, **context.run_config)
+
+    def main(grid):
+        return [dict(answer.content["config"]) for answer in grid.send_and_receive(messages(grid))]
+
+    told = federate(main, client, num_clients=3, rate=0.5, name="x")
+    assert told == [{"partition-id": i, "num-partitions": 3, "rate": 0.5, "name": "x"} for i in range(3)]
+
+
+def test_create_message_is_the_constructor():
+    def main(grid):
+        node = grid.get_node_ids()[1]
+        message = grid.create_message(config(value=3), "train", node, "round-1", ttl=60.0)
+        metadata = message.metadata
+        assert (metadata.dst_node_id, metadata.message_type, metadata.group_id) == (node, "train", "round-1")
+        assert metadata.ttl == 60.0
+        assert value(message) == 3
+
+    federate(main, name)
+
+
+def test_a_reply_says_from_whom_and_to_what():
+    def main(grid):
+        sent = messages(grid) + messages(grid)
+        replies = list(grid.send_and_receive(sent))
+        ids = [message.metadata.message_id for message in sent]
+        assert len({"", *ids}) == 9
+        assert [answer.metadata.reply_to_message_id for answer in replies] == ids
+        assert [answer.metadata.src_node_id for answer in replies] == grid.get_node_ids() * 2
+        assert len({"", *ids, *(answer.metadata.message_id for answer in replies)}) == 17
+
+    federate(main, name)
+
+
+@pytest.mark.parametrize("node", [1, 999, 1004])
+@pytest.mark.parametrize("way", ["push_messages", "send_and_receive"])
+def test_an_unknown_node_is_an_error_and_nothing_is_sent(node, way):
+    engine = Scripted()
+
+    def main(grid):
+        with pytest.raises(ValueError, match=f"node {node}: no such node"):
+            getattr(grid, way)(messages(grid, nodes=[1000, node]))
+
+    federate(main, name, engine=engine)
+    assert engine.submitted == []
+
+
+# ---- push and pull
+
+
+def test_pull_gives_each_reply_once_and_does_not_wait():
+    def main(grid):
+        ids = grid.push_messages(messages(grid))
+        assert len(set(ids)) == 4
+        pulled, rounds = Counter(), 0
+        while sum(pulled.values()) < 4:
+            rounds += 1
+            pulled.update(answer.metadata.reply_to_message_id for answer in grid.pull_messages(ids))
+        assert pulled == Counter(ids)
+        assert rounds > 1, "the first pull waited for all of them"
+        assert grid.pull_messages(ids) == []
+
+    federate(main, name)
+
+
+def test_pull_gives_only_what_it_was_asked_for():
+    def main(grid):
+        first, second = grid.push_messages(messages(grid, nodes=[1000, 1001]))
+        while not (seconds := grid.pull_messages([second])):
+            pass
+        (firsts,) = grid.pull_messages([first, "message-of-nobody"])
+        return value(firsts), value(seconds[0])
+
+    assert federate(main, name) == (0, 1)
+
+
+# ---- send and receive
+
+
+def test_replies_come_in_the_order_of_the_messages():
+    def main(grid):
+        nodes = grid.get_node_ids()
+        random.Random(2).shuffle(nodes)
+        return nodes, [1000 + value(answer) for answer in grid.send_and_receive(messages(grid, nodes=nodes))]
+
+    engine = Scripted()
+    nodes, answered = federate(main, name, num_clients=30, engine=engine)
+    assert answered == nodes
+
+
+def test_no_message_no_reply():
+    assert list(federate(lambda grid: grid.send_and_receive([]), name)) == []
+
+
+def test_replies_are_a_sequence():
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid))
+        assert replies
+        assert value(replies[0]) == 0
+        assert value(replies[-1]) == 3
+        assert [value(answer) for answer in replies[1:3]] == [1, 2]
+        assert len(replies) == 4
+        assert [value(answer) for answer in replies] == [value(answer) for answer in replies] == [0, 1, 2, 3]
+        assert replies[2] in replies
+        with pytest.raises(IndexError):
+            replies[4]
+        assert not grid.send_and_receive([])
+
+    federate(main, name)
+
+
+def test_iterating_gives_a_reply_before_the_last_one_is_there():
+    ran = []
+
+    def client(message, context):
+        ran.append(context.node_config["partition-id"])
+        return reply(message, value=0)
+
+    def main(grid):
+        for position, _ in enumerate(grid.send_and_receive(messages(grid))):
+            assert ran == list(range(position + 1))
+
+    federate(main, client)
+
+
+def test_stream_keeps_no_reply():
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid))
+        seen = []
+        for each in replies.stream():
+            seen.append(weakref.ref(each))
+            del each
+            gc.collect()
+            assert sum(reference() is not None for reference in seen) <= 1
+        assert len(seen) == 4
+        assert len(replies) == 0
+        assert not replies
+
+    federate(main, name)
+
+
+def test_a_stream_goes_on_after_other_messages():
+    def main(grid):
+        stream = grid.send_and_receive(messages(grid)).stream()
+        first = [value(answer) for answer in islice(stream, 2)]
+        grid.push_messages(messages(grid))
+        return first + [value(answer) for answer in stream]
+
+    assert federate(main, name) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("look", [lambda replies: None, lambda replies: next(iter(replies)), bool])
+def test_messages_reach_the_clients_though_nobody_looks_at_the_replies(look):
+    reached = Counter()
+
+    def client(message, context):
+        reached[context.node_config["partition-id"]] += 1
+        return reply(message, value=0)
+
+    def main(grid):
+        look(grid.send_and_receive(messages(grid)))
+        look(grid.send_and_receive(messages(grid)))
+
+    federate(main, client, num_clients=12)
+    assert reached == Counter(dict.fromkeys(range(12), 2))
+
+
+def test_the_engine_gets_a_window_of_messages_ahead_of_the_next_reply_due():
+    engine = Scripted()
+
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid))
+        assert engine.submitted == list(range(8))  # 4 × 2 workers
+        for position, _ in enumerate(replies):
+            assert engine.submitted == list(range(min(30, position + 8)))
+
+    federate(main, name, num_clients=30, engine=engine)
+
+
+# ---- what does not come
+
+
+class Clock:
+    """Seconds pass when a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("fedwsa.simulation.grid.time", clock)
+    return clock
+
+
+def test_after_the_timeout_the_missing_replies_are_given_up(clock):
+    ran = []
+
+    def client(message, context):
+        ran.append(context.node_config["partition-id"])
+        clock.now += message.content["config"]["seconds"]
+        return name(message, context)
+
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid, config(seconds=10.0)), timeout=25)
+        assert [value(each) for each in replies] == [0, 1, 2]
+        return [value(each) for each in grid.send_and_receive(messages(grid, config(seconds=1.0)), timeout=25)]
+
+    assert federate(main, client, num_clients=20) == list(range(20))
+    assert ran == [0, 1, 2, *range(20)]
+
+
+def test_a_client_that_hangs_costs_only_its_own_reply():
+    engine = Scripted(deaf_to=[2])
+
+    def main(grid):
+        sent = messages(grid)
+        replies = grid.send_and_receive(sent, timeout=0.1)
+        assert [value(answer) for answer in replies] == [0, 1, 3, 4, 5]
+        assert sent[2].metadata.message_id in engine.cancelled
+        assert engine.jobs == []
+
+    federate(main, name, num_clients=6, engine=engine)
+
+
+def test_what_the_server_does_before_and_between_replies_is_no_waiting(clock):
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid), timeout=1)
+        clock.now += 100
+        for _ in range(12):
+            next(replies.stream())
+            clock.now += 100
+
+    federate(main, name, num_clients=12)
+
+
+def test_a_client_that_raises_gives_an_error_reply_with_its_traceback():
+    def client(message, context):
+        if context.node_config["partition-id"] == 1:
+            raise KeyError("the-missing-thing")
+        return name(message, context)
+
+    def main(grid):
+        first, second, third = grid.send_and_receive(messages(grid))
+        assert (value(first), value(third)) == (0, 2)
+        assert second.has_error()
+        assert not second.has_content()
+        assert second.error.code == RAISED
+        assert "in client\n" in second.error.reason
+        assert "KeyError: 'the-missing-thing'" in second.error.reason
+        assert second.metadata.src_node_id == 1001
+
+    federate(main, client, num_clients=3)
+
+
+@pytest.mark.parametrize(
+    ("client", "reason"),
+    [
+        (lambda message, context: None, "TypeError: the client app returned NoneType, not a Message"),
+        (lambda message, context: message.content, "TypeError: the client app returned RecordDict, not a Message"),
+        (lambda message, context: sys.exit(3), "SystemExit: 3"),
+    ],
+    ids=["none", "records", "exit"],
+)
+def test_a_client_without_an_answer_gives_an_error_reply(client, reason):
+    def main(grid):
+        (answer,) = grid.send_and_receive(messages(grid))
+        return answer.error
+
+    error = federate(main, client, num_clients=1)
+    assert error.code == RAISED
+    assert reason in error.reason
+
+
+def test_a_message_type_that_the_app_does_not_know_gives_an_error_reply():
+    def main(grid):
+        (answer,) = grid.send_and_receive([Message(RecordDict(), 1000, "evaluate")])
+        return answer.error
+
+    error = federate(main, name)
+    assert error.code == RAISED
+    assert "No evaluate function registered" in error.reason
+
+
+# ---- state
+
+
+def test_a_client_finds_its_state_again():
+    def main(grid):
+        rounds = [[1000, 1001], [1001], [1001, 1002]]
+        return [[value(answer) for answer in grid.send_and_receive(messages(grid, nodes=n))] for n in rounds]
+
+    assert federate(main, remember) == [[1, 1], [2], [3, 1]]
+
+
+def test_a_client_can_empty_its_state():
+    def client(message, context):
+        before = sorted(context.state)
+        if before:
+            context.state = RecordDict()
+        else:
+            context.state["a"] = ConfigRecord()
+        return reply(message, value=len(before))
+
+    def main(grid):
+        return [value(grid.send_and_receive(messages(grid))[0]) for _ in range(4)]
+
+    assert federate(main, client, num_clients=1) == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("engine", ["inprocess", Scripted()], ids=["inprocess", "scripted"])
+def test_a_client_gets_its_messages_one_after_another(engine):
+    def main(grid):
+        ids = [*grid.push_messages(messages(grid)), *grid.push_messages(messages(grid))]
+        nodes = [*grid.get_node_ids(), 1000, 1000]
+        direct = [value(answer) for answer in grid.send_and_receive(messages(grid, nodes=nodes))]
+        pulled = {}
+        while len(pulled) < len(ids):
+            pulled.update({a.metadata.reply_to_message_id: value(a) for a in grid.pull_messages(ids)})
+        return [pulled[key] for key in ids], direct
+
+    assert federate(main, remember, num_clients=2, engine=engine) == ([1, 1, 2, 2], [3, 3, 4, 5])
+
+
+def test_a_message_behind_one_given_up_still_goes_out():
+    engine = Scripted(deaf_to=[0])
+
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid, nodes=[1000, 1000]), timeout=0.05)
+        (late,) = grid.push_messages(messages(grid, nodes=[1000]))  # gives up the two before
+        engine.deaf_to = []
+        (answer,) = grid.pull_messages([late])
+        return len(replies), value(answer)
+
+    assert federate(main, remember, engine=engine) == (0, 1)
+    assert engine.submitted == [0, 0]
+
+
+# ---- nobody's changes reach anybody else
+
+
+def untouched():
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"weight": Array(np.zeros(2)), "bias": Array(np.ones(1))}),
+            "config": ConfigRecord({"rate": 0.5, "sizes": [1, 2]}),
+        }
+    )
+
+
+def spoil(content):
+    content["arrays"]["weight"].data = Array(np.full(2, 9.0)).data
+    content["arrays"]["new"] = content["arrays"].pop("bias")
+    content["config"]["rate"] = 9.0
+    content["config"]["sizes"].append(9)
+    content["more"] = ConfigRecord()
+
+
+def equal(content, other):
+    return content == other and content.object_id == other.object_id
+
+
+def test_what_a_client_changes_in_its_message_reaches_nobody_else():
+    def client(message, context):
+        told = reply(message, value=equal(message.content, untouched()))
+        spoil(message.content)
+        return told
+
+    def main(grid):
+        content = untouched()
+        assert all(value(answer) for answer in grid.send_and_receive(messages(grid, content)))
+        assert equal(content, untouched())
+
+    federate(main, client)
+
+
+def test_what_the_server_changes_after_sending_reaches_no_client():
+    def client(message, context):
+        return reply(message, value=equal(message.content, untouched()))
+
+    def main(grid):
+        content = untouched()
+        sent = messages(grid, content)
+        replies = grid.send_and_receive(sent)
+        spoil(content)
+        sent[19].content = RecordDict()
+        return [value(answer) for answer in replies]
+
+    assert federate(main, client, num_clients=20) == [True] * 20
+
+
+def test_what_the_server_changes_in_a_reply_does_not_reach_the_clients_state():
+    def client(message, context):
+        kept = context.state.setdefault("config", untouched()["config"])
+        return Message(RecordDict({"config": kept}), reply_to=message)
+
+    def main(grid):
+        for _ in range(2):
+            (answered,) = grid.send_and_receive(messages(grid))
+            assert answered.content["config"] == untouched()["config"]
+            answered.content["config"]["sizes"].append(9)
+
+    federate(main, client, num_clients=1)
+
+
+def test_one_message_can_be_sent_twice():
+    def main(grid):
+        (message,) = messages(grid, config(value=0), nodes=[1000])
+        return [value(answer) for answer in grid.send_and_receive([message, message])]
+
+    assert federate(main, remember) == [1, 2]
+
+
+def test_what_the_server_changes_in_its_run_config_reaches_no_client():
+    server, client, seen = ServerApp(), ClientApp(), []
+    client.train()(lambda message, context: reply(message, value=context.run_config["rate"]))
+
+    @server.main()
+    def main(grid, context):
+        context.run_config["rate"] = 9.0
+        seen.extend(value(answer) for answer in grid.send_and_receive(messages(grid)))
+
+    given = {"rate": 0.5}
+    simulate(server, client, 2, engine="inprocess", run_config=given)
+    assert seen == [0.5, 0.5]
+    assert given == {"rate": 0.5}
+
+
+# ---- simulate
+
+
+@pytest.mark.parametrize("num_clients", [0, -1, float("nan")])
+def test_there_must_be_clients(num_clients):
+    with pytest.raises(ValueError, match=r"num_clients must be ≥ 1, got"):
+        simulate(apps.server, apps.quickstart_client, num_clients, engine="inprocess")
+
+
+def test_an_unknown_engine_is_an_error_that_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"engine = 'dask': allowed are inprocess, ray"):
+        simulate(apps.server, apps.quickstart_client, 2, engine="dask")
+
+
+def test_what_the_server_raises_is_raised_and_the_engine_closed(monkeypatch):
+    closed = []
+    monkeypatch.setattr("fedwsa.simulation.InProcessEngine.close", lambda engine: closed.append(engine))
+
+    def main(grid):
+        raise ZeroDivisionError("in the server")
+
+    federate(lambda grid: None, name)
+    assert len(closed) == 1
+    with pytest.raises(ZeroDivisionError, match="in the server"):
+        federate(main, name)
+    assert len(closed) == 2
+
+
+def test_a_run_gets_nothing_of_the_one_before_on_the_same_engine():
+    ran = []
+
+    def old(message, context):
+        ran.append("old")
+        return reply(message, value="old")
+
+    def new(message, context):
+        ran.append("new")
+        return remember(message, context)
+
+    def leave(grid):
+        next(iter(grid.send_and_receive(messages(grid))))
+        raise ZeroDivisionError
+
+    def main(grid):
+        return [value(answer) for answer in grid.send_and_receive(messages(grid))]
+
+    with open_engine("inprocess") as engine:
+        with pytest.raises(ZeroDivisionError):
+            federate(leave, old, engine=engine)
+        assert federate(main, new, engine=engine) == [1, 1, 1, 1]
+        assert federate(main, new, engine=engine) == [1, 1, 1, 1]
+    assert ran == ["old"] + ["new"] * 8
+
+
+def test_clients_compute_with_their_number_of_threads_and_the_server_with_its_own():
+    def main(grid):
+        torch.set_num_threads(1)
+        told = {value(answer) for answer in grid.send_and_receive(messages(grid))}
+        return told, torch.get_num_threads()
+
+    with open_engine("inprocess", threads_per_client=2) as engine:
+        told = federate(main, lambda message, context: reply(message, value=torch.get_num_threads()), engine=engine)
+    assert told == ({2}, 1)
+
+
+def mean(values, weights):
+    """Σ w v / Σ w over clients."""
+    return sum(w * v for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+def test_flowers_fedavg_computes_what_it_should_over_the_quickstart_app():
+    run = {"num-rounds": 3, "local-epochs": 2}
+    state = simulate(apps.server, apps.quickstart_client, 4, engine="inprocess", run_config=run).state
+    sizes, weights = [len(apps.samples(k)[0]) for k in range(4)], np.zeros(apps.FEATURES)
+    for _ in range(3):
+        twice = [apps.descend(apps.descend(weights, k, 0.05), k, 0.05) for k in range(4)]
+        weights = mean(twice, sizes)
+    np.testing.assert_allclose(state["arrays"].to_numpy_ndarrays()[0], weights, rtol=1e-12)
+    losses = [np.mean((x @ weights - y) ** 2) for x, y in map(apps.samples, range(4))]
+    assert state["evaluate"]["loss"] == pytest.approx(mean(losses, sizes), rel=1e-12)
+
+
+def test_flowers_fedavg_computes_what_it_should_over_the_app_with_state():
+    state = simulate(apps.server, apps.stateful_client, 4, engine="inprocess", run_config={"num-rounds": 3}).state
+    sizes, weights, momenta = [len(apps.samples(k)[0]) for k in range(4)], np.zeros(apps.FEATURES), [0.0] * 4
+    for _ in range(3):
+        momenta = [0.5 * momenta[k] + apps.descend(weights, k, 0.05) - weights for k in range(4)]
+        weights = weights + mean(momenta, sizes)
+    np.testing.assert_allclose(state["arrays"].to_numpy_ndarrays()[0], weights, rtol=1e-12)
+    assert state["train"]["rounds"] == pytest.approx(3)
+
+
+def test_a_repeated_simulation_gives_the_same_bits():
+    def weights():
+        run = {"num-rounds": 2, "local-epochs": 1}
+        return simulate(apps.server, apps.quickstart_client, 4, engine="inprocess", run_config=run).state["arrays"]
+
+    assert weights().object_id == weights().object_id
+
+
+# ---- seeds
+
+arguments = tuples(integers(0, 2**32), sampled_from(seeding.PURPOSES), integers(0, 1000), integers(0, 1000))
+
+
+@given(arguments)
+def test_equal_arguments_give_equal_streams(given_arguments):
+    first, second = (seeding.generator(*given_arguments) for _ in range(2))
+    assert first.integers(2**63, size=4).tolist() == second.integers(2**63, size=4).tolist()
+    first, second = (seeding.torch_generator(*given_arguments) for _ in range(2))
+    assert torch.equal(torch.randn(4, generator=first), torch.randn(4, generator=second))
+    assert 0 <= seeding.torch_seed(*given_arguments) < 2**63
+
+
+@given(arguments, arguments, integers(0, 3))
+def test_each_argument_changes_the_stream(some, others, position):
+    assume(some[position] != others[position])
+    changed = (*some[:position], others[position], *some[position + 1 :])
+    draws = [seeding.generator(*a).integers(2**63, size=4).tolist() for a in (some, changed)]
+    assert draws[0] != draws[1]
+    assert seeding.torch_seed(*some) != seeding.torch_seed(*changed)
+    draws = [torch.randn(4, generator=seeding.torch_generator(*a)).tolist() for a in (some, changed)]
+    assert draws[0] != draws[1]
+
+
+def test_the_arguments_are_not_interchangeable():
+    """Round 1 of client 2 is not round 2 of client 1."""
+    assert len({seeding.torch_seed(*a) for a in [(1, "client", 2, 3), (2, "client", 1, 3), (1, "client", 3, 2)]}) == 3
+    with pytest.raises(ValueError, match="not in tuple"):
+        seeding.generator(0, "no such purpose")
+
+
+def test_streams_do_not_depend_on_the_global_generators():
+    before = seeding.torch_seed(1, "client", 2, 3)
+    np.random.seed(os.getpid())
+    torch.manual_seed(os.getpid())
+    assert seeding.torch_seed(1, "client", 2, 3) == before

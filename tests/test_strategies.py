@@ -1,0 +1,483 @@
+"""FedAvg, and what every registered strategy has to keep."""
+
+import math
+import random
+import shutil
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import flwr.serverapp.strategy as flower
+import numpy as np
+import pytest
+import torch
+from federations import (
+    Seen,
+    canned,
+    digest,
+    grid_of,
+    holdout,
+    initial_model,
+    lines,
+    numbers,
+    one_round,
+    record,
+    run,
+    spying,
+    tiny,
+)
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays as numpy_arrays
+from safetensors.torch import load_file
+
+from fedwsa import messages
+from fedwsa.arrays import NumpyArray, pack
+from fedwsa.errors import RunError
+from fedwsa.seeding import torch_seed
+from strategies import STRATEGIES, FedAvg, FedAvgWSA, build
+from strategies.aggregation import MeanMetrics, MeanModel
+from strategies.gate import Gate
+from strategies.sampling import TooFewClientsError, draw
+
+NAMES = list(STRATEGIES)
+MODEL_NUMBERS = 64 * 200 + 200 + 200 * 200 + 200 + 200 * 10 + 10
+
+
+# ---- the mean
+
+
+def test_fedavg_by_hand():
+    clients = canned(
+        ({"w": np.float32([[1, 2], [3, 4]]), "b": np.float32([10])}, {"num-examples": 1, "loss": 2.0}),
+        ({"w": np.float32([[5, 6], [7, 8]]), "b": np.float32([-2])}, {"num-examples": 3, "loss": 4.0}),
+    )
+    start = record({"w": np.zeros((2, 2), np.float32), "b": np.zeros(1, np.float32)})
+    arrays, metrics = one_round(FedAvg(2, seed=0), grid_of(clients, 2), start)
+    assert numbers(arrays)["w"].tolist() == [[4, 5], [6, 7]]
+    assert numbers(arrays)["b"].tolist() == [1]
+    assert list(arrays) == ["w", "b"]
+    assert arrays["w"].numpy().dtype == np.float32
+    assert dict(metrics) == {"loss": 3.5}
+
+
+def test_metrics_of_an_evaluation_by_hand():
+    strategy = FedAvg(2, seed=0, evaluation_cohort=2)
+    clients = canned(({}, {"num-examples": 1, "accuracy": 0.5, "loss": 1.0}), ({}, {"num-examples": 4, "loss": 2.0}))
+    grid = grid_of(clients, 2)
+    outgoing = strategy.configure_evaluate(3, record({}), ConfigRecord(), grid)
+    metrics = strategy.aggregate_evaluate(3, grid.send_and_receive(outgoing))
+    assert dict(metrics) == {"accuracy": 0.5, "loss": 1.8}  # of those that report it
+
+
+@given(data=st.data(), clients=st.integers(1, 8), dtype=st.sampled_from([np.float32, np.float64]))
+def test_mean_is_the_weighted_mean_in_float64(data, clients, dtype):
+    values = data.draw(numpy_arrays(dtype, (clients, 3, 2), elements=st.floats(-1e3, 1e3, width=32)))
+    weights = data.draw(st.lists(st.integers(1, 10**9), min_size=clients, max_size=clients))
+    mean = MeanModel()
+    for value, weight in zip(values, weights, strict=True):
+        mean.add(pack({"w": torch.from_numpy(value)}), weight)
+    result = mean.record()["w"].numpy()
+    expected = np.average(values.astype(np.float64), axis=0, weights=np.float64(weights))
+    assert result.dtype == dtype
+    np.testing.assert_allclose(result, expected, rtol=1.01 * np.finfo(dtype).eps, atol=1e-12 * np.abs(values).max())
+
+
+def test_mean_of_float32_is_summed_in_float64():
+    mean = MeanModel()
+    for value in (2.0**24, 1.0, 1.0):  # float32 sums would lose the ones
+        mean.add(record({"w": np.float32([value])}), 1)
+    assert mean.record()["w"].numpy()[0] == np.float32((2**24 + 2) / 3)
+
+
+@pytest.mark.parametrize("make", [record, lambda arrays: pack({k: torch.from_numpy(v) for k, v in arrays.items()})])
+def test_counters_are_averaged_and_rounded_in_their_own_type(make: Callable[[dict[str, np.ndarray]], ArrayRecord]):
+    mean = MeanModel()
+    mean.add(make({"steps": np.asarray(10), "large": np.array([2**40])}), 1)
+    mean.add(make({"steps": np.asarray(21), "large": np.array([2**40])}), 2)
+    result = numbers(mean.record())
+    assert result["steps"].shape == ()
+    assert (result["steps"].item(), result["steps"].dtype) == (17, np.int64)  # 52/3 = 17.3
+    assert result["large"].tolist() == [2**40]
+    mean.add(make({"steps": np.asarray(21), "large": np.array([2**40])}), 3)
+    assert mean.record()["steps"].numpy().item() == 19  # 115/6 = 19.2; of sums, not of rounded means
+
+
+def test_only_the_order_of_the_clients_matters_not_that_of_their_arrays():
+    rng = np.random.default_rng(0)
+    models = [{"a": rng.normal(size=7), "b": rng.normal(size=(2, 3))} for _ in range(5)]
+    one, other = MeanModel(), MeanModel()
+    for weight, model in enumerate(models, start=1):
+        one.add(record(model), weight)
+        turned = weight > 1
+        other.add(record(dict(reversed(model.items())) if turned else model), weight)
+    assert digest(numbers(one.record())) == digest(numbers(other.record()))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "named"),
+    [
+        ({"a": np.zeros(2)}, r"\['b'\]"),
+        ({"a": np.zeros(2), "b": np.zeros(1), "c": np.zeros(1)}, r"\['c'\]"),
+        ({"a": np.zeros(1), "b": np.zeros(1)}, r"a: shape \(1,\), others have \(2,\)"),
+    ],
+)
+def test_unlike_models_are_refused_by_name(arrays, named):
+    mean = MeanModel()
+    mean.add(record({"a": np.zeros(2), "b": np.zeros(1)}), 1)
+    with pytest.raises(ValueError, match=named):
+        mean.add(record(arrays), 1)
+
+
+def test_lists_and_the_weight_are_no_metrics():
+    mean = MeanMetrics()
+    mean.add(MetricRecord({"num-examples": 5, "scope-means": [1.0, 2.0], "loss": 0.25}), 5)
+    assert dict(mean.record()) == {"loss": 0.25}
+
+
+def test_fedavg_agrees_with_flowers_own():
+    rng = np.random.default_rng(3)
+    replies = [
+        ({"w": rng.normal(size=(30, 20)).astype(np.float32), "b": rng.normal(size=5)}, {"num-examples": n, "loss": n / 7})
+        for n in (1, 7, 30, 4)
+    ]
+    start = record(replies[0][0])
+    ours, our_metrics = one_round(FedAvg(4, seed=0), grid_of(canned(*replies), 4), start)
+    theirs, their_metrics = one_round(flower.FedAvg(), grid_of(canned(*replies), 4), start)
+    for name, values in numbers(theirs).items():
+        np.testing.assert_allclose(numbers(ours)[name], values, rtol=1e-6, atol=1e-6)
+    assert dict(our_metrics) == pytest.approx(dict(their_metrics), abs=1e-6)
+
+
+# ---- the cohort
+
+
+@dataclass
+class Nodes:
+    """A grid as far as a draw looks; more connect at each look."""
+
+    looks: list[list[int]]
+
+    def get_node_ids(self) -> list[int]:
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+def drawn(nodes: list[int], size: int = 20, seed: int = 0, purpose: str = "cohort", server_round: int = 1) -> list[int]:
+    grid = Nodes([nodes])
+    return draw(grid, size, seed=seed, purpose=purpose, server_round=server_round, timeout=1)
+
+
+THOUSAND = list(range(5000, 6000))
+
+
+@given(size=st.integers(1, 60), seed=st.integers(0, 2**32 - 1), server_round=st.integers(1, 10**6))
+def test_cohort_has_its_size_without_repetition(size, seed, server_round):
+    nodes = list(range(100, 160))
+    cohort = drawn(nodes, size, seed, "cohort", server_round)
+    assert len(set(cohort)) == len(cohort) == size
+    assert set(cohort) <= set(nodes)
+    assert cohort == sorted(cohort)
+
+
+def test_cohort_depends_on_seed_purpose_and_round_alone():
+    expected = drawn(THOUSAND)
+    random.seed(99)
+    np.random.seed(99)  # noqa: NPY002
+    torch.manual_seed(99)
+    assert drawn(THOUSAND) == expected
+    assert drawn(random.sample(THOUSAND, 1000)) == expected  # in whatever order they connected
+    others = [drawn(THOUSAND, seed=1), drawn(THOUSAND, purpose="evaluation-cohort"), drawn(THOUSAND, server_round=2)]
+    assert all(other != expected for other in others)
+
+
+def test_every_client_is_drawn_some_time():
+    cohorts = [drawn(list(range(10)), 3, server_round=server_round) for server_round in range(1, 101)]
+    counts = np.bincount(np.concatenate(cohorts), minlength=10)
+    assert counts.min() > 15  # 30 expected, standard deviation 4.6
+
+
+def test_draw_leaves_the_global_random_states_alone():
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    one_round(FedAvg(1, seed=0), grid_of(canned(({}, {"num-examples": 1})), 1), record({}))
+    assert random.getstate() == states[0]
+    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_too_few_clients_is_said_within_the_timeout():
+    start = time.monotonic()
+    with pytest.raises(TooFewClientsError, match=r"2 clients connected after 0\.3 s, the cohort needs 3"):
+        draw(Nodes([[1, 2]]), 3, seed=0, purpose="cohort", server_round=1, timeout=0.3)
+    assert 0.3 <= time.monotonic() - start < 0.6
+    assert issubclass(TooFewClientsError, RunError)
+
+
+def test_last_wait_ends_with_the_timeout(monkeypatch):
+    monkeypatch.setattr("strategies.sampling.POLL", 0.25)
+    start = time.monotonic()
+    with pytest.raises(TooFewClientsError):
+        draw(Nodes([[1]]), 2, seed=0, purpose="cohort", server_round=1, timeout=0.3)
+    assert 0.3 <= time.monotonic() - start < 0.45
+
+
+def test_draw_waits_until_enough_are_connected(monkeypatch):
+    monkeypatch.setattr("strategies.sampling.POLL", 0.01)
+    late = Nodes([[], [7], [9, 7], [9, 7, 8]])
+    assert draw(late, 3, seed=0, purpose="cohort", server_round=1, timeout=5) == [7, 8, 9]
+
+
+# ---- what goes out
+
+
+@pytest.mark.parametrize("make", [lambda inner: inner, lambda inner: Gate(inner)], ids=["bare", "gated"])
+@pytest.mark.parametrize("name", NAMES)
+def test_callers_config_is_left_as_it_is(name, make):
+    strategy = make(build(name, tiny(num_clients=3), holdout(10)))
+    grid = grid_of(canned(*[({}, {})] * 3), 3)
+    config = ConfigRecord({"lr": 0.5})
+    train = list(strategy.configure_train(4, pack(initial_model()), config, grid))
+    evaluate = list(strategy.configure_evaluate(4, pack(initial_model()), config, grid))
+    assert dict(config) == {"lr": 0.5}
+    assert [len(train), len(evaluate)] == [3, 2]
+    for message in train + evaluate:
+        sent = message.content.config_records["config"]
+        assert (sent["lr"], sent["server-round"], sent["schema-version"]) == (0.5, 4, 1)
+
+
+def test_nobody_evaluates_where_the_evaluation_cohort_is_zero():
+    assert list(FedAvg(1, seed=0).configure_evaluate(1, record({}), ConfigRecord(), grid_of(canned(), 1))) == []
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_server_keeps_no_replies(name):
+    clients = 12
+    given_out: list[weakref.ref] = []
+    alive: list[int] = []
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        alive.append(sum(reference() is not None for reference in given_out))
+        state = {key: array.numpy() for key, array in message.content.array_records["arrays"].items()}
+        given_out.extend(weakref.ref(values) for values in state.values())
+        arrays = ArrayRecord({key: NumpyArray(values) for key, values in state.items()})
+        scope = {messages.SCOPE_MEANS: [0.0] * 3, messages.SCOPE_VARIANCES: [1.0] * 3}
+        metrics = MetricRecord({"num-examples": 1, **scope})
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    config = tiny(num_clients=clients, cohort=clients, np_merge={"steps": 0, "align": False})
+    model = pack(initial_model())
+    arrays, metrics = one_round(Gate(build(name, config, holdout(10))), grid_of(app, clients), model)
+    assert len(alive) == clients
+    assert max(alive) <= 2 * len(model)  # the one that is being added, and the one before it
+    assert not any(reference() is not None for reference in given_out)
+    assert metrics["scope-distance"] == [0.0] * 3
+    assert list(arrays) == list(model)
+
+
+# ---- every registered strategy
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    events: list[tuple[str, dict]]
+    seen: list[Seen]
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The tiny run of a strategy, done once."""
+    done: dict[str, Run] = {}
+
+    def get(name: str) -> Run:
+        if name not in done:
+            folder, events, seen = tmp_path_factory.mktemp(name), [], []
+            run(tiny(strategies=(name,)), folder, spying(seen), events)
+            done[name] = Run(folder / name, events, seen)
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_ends_with_another_finite_model(name, run_of):
+    final = load_file(run_of(name).folder / "final.safetensors")
+    start = initial_model_of_the_run()
+    assert final.keys() == start.keys()
+    for key, tensor in final.items():
+        assert tensor.isfinite().all()
+        assert (tensor.shape, tensor.dtype) == (start[key].shape, start[key].dtype)
+        assert not torch.equal(tensor, start[key])
+
+
+def initial_model_of_the_run() -> dict[str, torch.Tensor]:
+    return initial_model(torch_seed(0, "model"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_runs_are_bit_identical(name, run_of, tmp_path):
+    torch.manual_seed(1)
+    random.seed(1)
+    run(tiny(strategies=(name,)), tmp_path)
+    first = run_of(name).folder
+    assert (tmp_path / name / "final.safetensors").read_bytes() == (first / "final.safetensors").read_bytes()
+    assert lines(tmp_path / name / "metrics.jsonl") == lines(first / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(name, run_of, tmp_path):
+    whole = run_of(name).folder
+    shutil.copytree(whole, tmp_path / name)
+    (tmp_path / name / "final.safetensors").unlink()
+    (tmp_path / name / "checkpoints" / "round-000002.safetensors").unlink()
+    events: list[tuple[str, dict]] = []
+    run(tiny(strategies=(name,)), tmp_path, events=events)
+    assert {event["round"] for _, event in events} == {2}  # it did not begin anew
+    assert (tmp_path / name / "final.safetensors").read_bytes() == (whole / "final.safetensors").read_bytes()
+    assert lines(tmp_path / name / "metrics.jsonl") == lines(whole / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_finished_strategy_is_left_as_it_is(name, run_of):
+    done = run_of(name)
+    before = (done.folder / "final.safetensors").stat().st_mtime_ns
+    seen: list[Seen] = []
+    run(tiny(strategies=(name,)), done.folder.parent, spying(seen))
+    assert seen == []
+    assert (done.folder / "final.safetensors").stat().st_mtime_ns == before
+
+
+COMMON = {"round", "phase", "metrics", "seconds"}
+OF_CLIENTS = COMMON | {"num_clients", "num_failed", "bytes_down", "bytes_up"}
+KEYS = {
+    "train": OF_CLIENTS | {"layers", "scope_distance", "scope_means", "scope_variances"},
+    "evaluate-clients": OF_CLIENTS,
+    "evaluate-server": COMMON | {"num_examples"},
+}
+METRICS = {"train": {"loss"}, "evaluate-clients": {"loss", "accuracy"}, "evaluate-server": {"loss", "accuracy"}}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_event_has_the_documented_fields(name, run_of):
+    done = run_of(name)
+    events = [event for _, event in done.events]
+    phases = [(event["round"], event["phase"]) for event in events]
+    a_round = ["train", "evaluate-clients", "evaluate-server"]
+    assert phases == [(0, "evaluate-server"), *[(r, phase) for r in (1, 2) for phase in a_round]]
+    assert {strategy for strategy, _ in done.events} == {name}
+    assert lines(done.folder / "metrics.jsonl") == [
+        {key: value for key, value in event.items() if key != "seconds"} for event in events
+    ]
+    for event in events:
+        assert event.keys() == KEYS[event["phase"]]
+        assert event["metrics"].keys() == METRICS[event["phase"]]
+        assert all(math.isfinite(value) for value in event["metrics"].values())
+        assert 0 < event["seconds"] < 60
+        if "num_failed" in event:
+            assert (event["num_clients"], event["num_failed"]) == (3 if event["phase"] == "train" else 2, 0)
+            assert min(event["bytes_down"], event["bytes_up"]) > 0
+        if event["phase"] == "train":
+            assert event["layers"] == ["layers.0.weight", "layers.1.weight", "layers.2.weight"]
+            for key in ("scope_distance", "scope_means", "scope_variances"):
+                assert len(event[key]) == 3
+            assert min(event["scope_distance"]) > 0
+            assert min(event["scope_variances"]) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_metrics_are_the_clients_own(name, run_of):
+    done = run_of(name)
+    for _, event in done.events:
+        if event["phase"] in ("train", "evaluate-clients"):
+            kind = event["phase"].removesuffix("-clients")
+            own = [s.metrics for s in done.seen if (s.kind, s.server_round) == (kind, event["round"])]
+            weights = [metrics["num-examples"] for metrics in own]
+            for key, value in event["metrics"].items():
+                assert value == pytest.approx(np.average([m[key] for m in own], weights=weights), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_strategies_are_paired(name, run_of):
+    """The same start and the same cohorts, so that nothing differs but the strategy."""
+    one, other = run_of(name).seen, run_of("fedavg").seen
+    assert [(s.kind, s.server_round, s.client) for s in one] == [(s.kind, s.server_round, s.client) for s in other]
+    first = {s.sent for s in one if (s.kind, s.server_round) == ("train", 1)}
+    assert first == {s.sent for s in other if (s.kind, s.server_round) == ("train", 1)}
+    assert first == {digest({key: tensor.numpy() for key, tensor in initial_model_of_the_run().items()})}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_round_trip_is_whole(name, run_of):
+    config = tiny(strategies=(name,))
+    one, other = (build(name, config, holdout(10)) for _ in range(2))
+    one_round(one, grid_of(spying([]), 6, config.to_run_config()), pack(initial_model()))
+    state = {key: tensor.clone() for key, tensor in one.state().items()}
+    other.load_state(state)
+    assert other.state().keys() == state.keys()
+    assert all(torch.equal(other.state()[key], state[key]) for key in state)
+
+
+def test_traffic_of_fedavg_by_hand(run_of):
+    train, evaluate = (
+        next(event for _, event in run_of("fedavg").events if event["phase"] == phase)
+        for phase in ("train", "evaluate-clients")
+    )
+    down = 4 * MODEL_NUMBERS + 2 * 8  # round and version
+    assert train["bytes_down"] == 3 * down
+    assert train["bytes_up"] == 3 * (4 * MODEL_NUMBERS + 2 * 8 + 2 * 3 * 8)  # weight, loss; scope of three layers
+    assert (evaluate["bytes_down"], evaluate["bytes_up"]) == (2 * down, 2 * 3 * 8)
+
+
+def test_integer_buffers_survive_a_run(tmp_path):
+    run(tiny(strategies=NAMES, model="federations:NormNet", np_merge={"steps": 2, "align": False}), tmp_path)
+    for name in NAMES:
+        final = load_file(tmp_path / name / "final.safetensors")
+        counter = final["2.num_batches_tracked"]
+        assert counter.dtype == torch.int64
+        assert counter.item() > 0
+        assert not torch.equal(final["2.running_mean"], torch.zeros(16))
+        assert lines(tmp_path / name / "metrics.jsonl")[-2]["num_failed"] == 0
+
+
+def test_dropout_on_the_server_and_the_clients_is_repeatable(tmp_path):
+    config = tiny(strategies=NAMES, model="federations:DropoutNet")
+    for folder in ("one", "other"):
+        torch.manual_seed(len(folder))
+        run(config, tmp_path / folder)
+    for name in NAMES:
+        files = [tmp_path / folder / name / "final.safetensors" for folder in ("one", "other")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# ---- the registry
+
+
+def test_strategy_by_import_path():
+    assert build("test_strategies:two_clients", tiny(seed=5), holdout()).seed == 5
+
+
+def two_clients(config, holdout):
+    return FedAvg(2, seed=config.seed[0])
+
+
+def test_unknown_strategy_names_the_known_ones():
+    with pytest.raises(ValueError, match="unknown strategy 'fedsgd': registered are fedavg, fedavg-wsa, np-merge"):
+        build("fedsgd", tiny(), holdout())
+
+
+def test_config_reaches_the_strategies():
+    config = tiny(cohort=4, evaluation_cohort=5, seed=7, timeout=3.0, wsa={"strength": 5.0, "target": "initial"})
+    for name in NAMES:
+        strategy = build(name, config, holdout(10))
+        plain = strategy.strategy if isinstance(strategy, FedAvgWSA) else strategy
+        assert (plain.cohort, plain.evaluation_cohort, plain.seed, plain.timeout) == (4, 5, 7, 3.0)
+    aligned = build("fedavg-wsa", config, holdout())
+    assert (aligned.strength, aligned.follows_clients) == (5.0, False)
