@@ -115,13 +115,20 @@ def partition(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    picture: Annotated[Path | None, typer.Option(help="Also write accuracy by round to this .svg.")] = None,
+) -> None:
     """Write a run folder's report.html again, from its files."""
-    from experiments.report import write_report
+    from experiments.report import write_accuracy, write_report
 
     with _plainly(folder / "report.html"):
         path = write_report(folder)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    if picture is not None:
+        with _plainly(picture):
+            write_accuracy(folder, picture)
+        console.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

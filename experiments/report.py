@@ -43,6 +43,16 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
+def write_accuracy(run_dir: Path, picture: Path) -> None:
+    """Write the report's figure of accuracy by round by itself, as an .svg; ValueError before the first evaluation."""
+    if picture.suffix != ".svg":
+        raise ValueError(f"{picture}: allowed is a name that ends in .svg")
+    svg = figures.accuracy_figure(read_run(run_dir))
+    if svg is None:
+        raise ValueError(f"{run_dir}: no evaluation to draw yet")
+    write_atomically(picture, svg.encode())
+
+
 def _page_colours(svg: str) -> str:
     """The page's colours, light or dark, instead of those for white paper."""
     names = {figures.INK: "ink", figures.MUTED: "muted", figures.GRID: "grid", figures.PAPER: "paper"}

@@ -194,15 +194,16 @@ def _summarize(config: Config, folder: Path, part: Path) -> None:
     path = folder / METRICS
     lines = read_lines(path)
     there = {(line["alpha"], line["seed"], line["strategy"]) for line in lines}
-    for name in config.strategies:
-        if (config.alpha[0], config.seed[0], name) not in there:
-            summary = summarize(
-                part / name,
-                alpha=config.alpha[0],
-                seed=config.seed[0],
-                strategy=name,
-                target_accuracy=config.target_accuracy,
-                model_sha256=sha256(part / name / FINAL),
-            )
-            lines.append(asdict(summary))
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    missing = [name for name in config.strategies if (config.alpha[0], config.seed[0], name) not in there]
+    for name in missing:
+        summary = summarize(
+            part / name,
+            alpha=config.alpha[0],
+            seed=config.seed[0],
+            strategy=name,
+            target_accuracy=config.target_accuracy,
+            model_sha256=sha256(part / name / FINAL),
+        )
+        lines.append(asdict(summary))
+    if missing:
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedwsa import messages
 from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config
-from fedwsa.run_folder import StrategyFolder
+from fedwsa.run_folder import RunFolderError, StrategyFolder
 from strategies.aggregation import SCOPE_DISTANCE
 from strategies.gate import Gate
 from strategies.sampling import each
@@ -73,6 +73,11 @@ class Rounds:
             last_round, arrays = 0, pack(initial)
             self._record({"round": 0, **self.evaluate(arrays)})
         else:
+            if unlike := checkpoint.model.keys() ^ initial.keys():
+                raise RunFolderError(
+                    f"{self.folder.checkpoints}: of another model than {self.config.model}, {sorted(unlike)} differ; "
+                    "allowed is the config with which the run began"
+                )
             last_round = checkpoint.server_round
             arrays = pack({name: checkpoint.model[name] for name in initial})  # in the model's own order
             self.strategy.load_state(checkpoint.strategy_state)

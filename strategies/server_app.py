@@ -16,7 +16,7 @@ from fedwsa import arrays as flower_arrays
 from fedwsa import data, models
 from fedwsa.config import Config, from_run_config
 from fedwsa.evaluation import evaluate
-from fedwsa.run_folder import CONFIG, StrategyFolder, claim, new_folder, write_atomically
+from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import generator, torch_seed
 from strategies.gate import Gate
 from strategies.rounds import Event, Notify, Rounds
@@ -45,13 +45,24 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
         own = new_folder(config).absolute()
         release = claim(own)
         try:
-            write_atomically(own / CONFIG, config.to_toml().encode())
+            _keep_config(own, config)
             run_strategies(grid, config, own, notify)
         finally:
             release()
         log(INFO, "models and metrics are in %s", own)
 
     return app
+
+
+def _keep_config(folder: Path, config: Config) -> None:
+    """Write it down; a run that stands in the folder is gone on with if it has this config, and never replaced."""
+    content = config.to_toml().encode()
+    if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != content:
+        raise FolderInUseError(f"{folder}: holds a run of another config; choose another out-dir")
+    write_atomically(folder / CONFIG, content)
+    for name in config.strategies:
+        if StrategyFolder(folder / name).final.exists():
+            log(INFO, "%s has its final model and is left as it is", name)
 
 
 def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -206,6 +206,20 @@ class DropoutNet(nn.Sequential):
 
     def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, num_classes))
+
+
+class NoisyNet(nn.Linear):
+    """Writes down what it draws while it trains."""
+
+    draws: ClassVar[list[float]] = []
+
+    def __init__(self, input_shape: tuple[int, int, int], num_classes: int) -> None:
+        super().__init__(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.draws.append(torch.rand(()).item())
+        return super().forward(images.flatten(1))
 
 
 class NormNet(nn.Sequential):

@@ -205,7 +205,9 @@ OF_ARRAYS: dict[str, tuple[Spoil, str]] = {
 
 
 @pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
-@pytest.mark.parametrize(("spoil", "reason"), [*OF_METRICS.values(), *OF_ARRAYS.values()], ids=[*OF_METRICS, *OF_ARRAYS])
+@pytest.mark.parametrize(
+    ("spoil", "reason"), [*OF_METRICS.values(), *OF_ARRAYS.values()], ids=[*OF_METRICS, *OF_ARRAYS]
+)
 def test_bad_reply_is_left_out_and_the_round_goes_on_with_the_others(make, spoil, reason):
     gate = Gate(make())
     arrays, metrics = train(gate, federation(spoil))
@@ -269,7 +271,9 @@ def test_unlike_metrics_cost_nobody_the_model(make, spoil, bad):
 
 
 @pytest.mark.parametrize(
-    "make", [*STRATEGIES.values(), lambda: NPMerge(3, holdout(4), tiny().np_merge, seed=0)], ids=[*STRATEGIES, "np-merge"]
+    "make",
+    [*STRATEGIES.values(), lambda: NPMerge(3, holdout(4), tiny().np_merge, seed=0)],
+    ids=[*STRATEGIES, "np-merge"],
 )
 def test_all_bad_ends_the_run_with_the_first_reason(make):
     gate = Gate(make())
@@ -305,7 +309,7 @@ def test_missing_replies_are_reported():
 def test_nobody_in_time_ends_the_run():
     gate, grid = Gate(ours()), grid_of(federation(), 3)
     outgoing = gate.configure_train(1, record(START), ConfigRecord(), grid)
-    with pytest.raises(NoUsableReplyError, match="none of 3 .*; 3 of 3 clients did not reply in time"):
+    with pytest.raises(NoUsableReplyError, match=r"none of 3 .*; 3 of 3 clients did not reply in time"):
         gate.aggregate_train(1, grid.send_and_receive(outgoing, timeout=0))
 
 
@@ -406,7 +410,7 @@ def test_run_ends_where_nobody_can_be_used_and_keeps_what_was_written(tmp_path):
         return client_app(message, context)
 
     config = tiny(strategies=("fedavg",), evaluation_cohort=0)
-    with pytest.raises(NoUsableReplyError, match="round 2: none of 3 .* error 2: RuntimeError: out of memory"):
+    with pytest.raises(NoUsableReplyError, match=r"round 2: none of 3 .* error 2: RuntimeError: out of memory"):
         run(config, tmp_path, app)
     assert not (tmp_path / "fedavg" / "final.safetensors").exists()
     assert [event["round"] for event in lines(tmp_path / "fedavg" / "metrics.jsonl")] == [0, 1, 1]

@@ -103,7 +103,9 @@ def test_layers_on_the_wire_are_the_layers_that_are_measured():
 
 @pytest.mark.parametrize("version", [0, 2, "1"])
 def test_another_version_is_refused(version):
-    with pytest.raises(ValueError, match=rf"schema-version = {version!r}: this client speaks 1; install the same fedwsa"):
+    with pytest.raises(
+        ValueError, match=rf"schema-version = {version!r}: this client speaks 1; install the same fedwsa"
+    ):
         messages.check_version(ConfigRecord({"schema-version": version}))
 
 
@@ -118,7 +120,9 @@ def test_own_version_and_stock_flower_are_taken(entries):
 def test_payload_by_hand():
     content = RecordDict(
         {
-            "arrays": pack({"w": torch.zeros(3, 5), "steps": torch.tensor(1), "half": torch.zeros(3, dtype=torch.half)}),
+            "arrays": pack(
+                {"w": torch.zeros(3, 5), "steps": torch.tensor(1), "half": torch.zeros(3, dtype=torch.half)}
+            ),
             "config": ConfigRecord(
                 {"server-round": 3, "lr": 0.5, "flag": True, "mode": "proximal", "σ": "σ", "raw": b"123"}
             ),

@@ -34,7 +34,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_interrupted_write_leaves_what_was_there(tmp_path: Path, monkeypatch: py
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_folder.os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", interrupt)
     (tmp_path / "file").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
         write_atomically(tmp_path / "file", b"new content")
@@ -137,7 +137,7 @@ def test_content_is_on_the_disk_before_its_name_is(tmp_path: Path, monkeypatch: 
     def fsync(descriptor: int) -> None:
         synced.append((os.fstat(descriptor).st_size, path.exists()))
 
-    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     write_atomically(path, b"content")
     assert synced == [(7, False)]
 
@@ -337,7 +337,7 @@ def test_failed_checkpoint_leaves_the_one_before(tmp_path: Path, monkeypatch: py
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
-    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(RunError, match=r"round-000003.safetensors: cannot be written: No space left on device"):
         folder.save_checkpoint(3, model(3), {})
     assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == before

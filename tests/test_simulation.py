@@ -216,9 +216,11 @@ def test_replies_are_a_sequence():
         assert [value(answer) for answer in replies[1:3]] == [1, 2]
         assert len(replies) == 4
         assert [value(answer) for answer in replies] == [value(answer) for answer in replies] == [0, 1, 2, 3]
+        assert replies
         assert replies[2] in replies
         with pytest.raises(IndexError):
             replies[4]
+        assert len(grid.send_and_receive(messages(grid))) == 4
         assert not grid.send_and_receive([])
 
     federate(main, name)
@@ -266,18 +268,34 @@ def test_a_stream_goes_on_after_other_messages():
 
 @pytest.mark.parametrize("look", [lambda replies: None, lambda replies: next(iter(replies)), bool])
 def test_messages_reach_the_clients_though_nobody_looks_at_the_replies(look):
-    reached = Counter()
+    """One batch before the next, and the last one before the run ends."""
+    reached = []
 
     def client(message, context):
-        reached[context.node_config["partition-id"]] += 1
+        reached.append((value(message), context.node_config["partition-id"]))
         return reply(message, value=0)
 
     def main(grid):
-        look(grid.send_and_receive(messages(grid)))
-        look(grid.send_and_receive(messages(grid)))
+        look(grid.send_and_receive(messages(grid, config(value=1))))
+        grid.push_messages([])
+        assert reached == [(1, k) for k in range(12)]
+        look(grid.send_and_receive(messages(grid, config(value=2))))
+        look(grid.send_and_receive(messages(grid, config(value=3))))
 
     federate(main, client, num_clients=12)
-    assert reached == Counter(dict.fromkeys(range(12), 2))
+    assert reached == [(number, k) for number in (1, 2, 3) for k in range(12)]
+
+
+def test_replies_of_the_rounds_before_are_not_kept():
+    def main(grid):
+        first = weakref.ref(grid.send_and_receive(messages(grid)))
+        second = weakref.ref(grid.send_and_receive(messages(grid)))
+        gc.collect()
+        assert first() is None
+        assert second() is not None
+        assert len(second()) == 4
+
+    federate(main, name)
 
 
 def test_the_engine_gets_a_window_of_messages_ahead_of_the_next_reply_due():
@@ -335,11 +353,12 @@ def test_a_client_that_hangs_costs_only_its_own_reply():
     def main(grid):
         sent = messages(grid)
         replies = grid.send_and_receive(sent, timeout=0.1)
-        assert [value(answer) for answer in replies] == [0, 1, 3, 4, 5]
+        assert [value(answer) for answer in replies] == [0, 1, *range(3, 10)]
         assert sent[2].metadata.message_id in engine.cancelled
         assert engine.jobs == []
+        assert engine.submitted == list(range(10))  # the window when time was over; the others never start
 
-    federate(main, name, num_clients=6, engine=engine)
+    federate(main, name, num_clients=30, engine=engine)
 
 
 def test_what_the_server_does_before_and_between_replies_is_no_waiting(clock):
@@ -439,6 +458,19 @@ def test_a_client_gets_its_messages_one_after_another(engine):
         return [pulled[key] for key in ids], direct
 
     assert federate(main, remember, num_clients=2, engine=engine) == ([1, 1, 2, 2], [3, 3, 4, 5])
+
+
+def test_giving_a_message_up_leaves_the_one_before_to_the_same_client_alone():
+    engine = Scripted(deaf_to=[0])
+
+    def main(grid):
+        ids = grid.push_messages(messages(grid, nodes=[1000]))
+        assert len(grid.send_and_receive(messages(grid, nodes=[1000, 1000]), timeout=0.05)) == 0
+        engine.deaf_to = []
+        return [value(each) for each in grid.pull_messages(ids)]
+
+    assert federate(main, remember, engine=engine) == [1]
+    assert engine.submitted == [0]
 
 
 def test_a_message_behind_one_given_up_still_goes_out():
@@ -576,26 +608,22 @@ def test_what_the_server_raises_is_raised_and_the_engine_closed(monkeypatch):
 def test_a_run_gets_nothing_of_the_one_before_on_the_same_engine():
     ran = []
 
-    def old(message, context):
-        ran.append("old")
-        return reply(message, value="old")
-
-    def new(message, context):
-        ran.append("new")
+    def client(message, context):
+        ran.append(value(message))
         return remember(message, context)
 
     def leave(grid):
-        next(iter(grid.send_and_receive(messages(grid))))
+        next(iter(grid.send_and_receive(messages(grid, config(value="old")))))
         raise ZeroDivisionError
 
     def main(grid):
-        return [value(answer) for answer in grid.send_and_receive(messages(grid))]
+        return [value(answer) for answer in grid.send_and_receive(messages(grid, config(value="new")))]
 
     with open_engine("inprocess") as engine:
         with pytest.raises(ZeroDivisionError):
-            federate(leave, old, engine=engine)
-        assert federate(main, new, engine=engine) == [1, 1, 1, 1]
-        assert federate(main, new, engine=engine) == [1, 1, 1, 1]
+            federate(leave, client, engine=engine)
+        assert federate(main, client, engine=engine) == [1, 1, 1, 1]
+        assert federate(main, client, engine=engine) == [1, 1, 1, 1]
     assert ran == ["old"] + ["new"] * 8
 
 

@@ -142,7 +142,10 @@ def test_lists_and_the_weight_are_no_metrics():
 def test_fedavg_agrees_with_flowers_own():
     rng = np.random.default_rng(3)
     replies = [
-        ({"w": rng.normal(size=(30, 20)).astype(np.float32), "b": rng.normal(size=5)}, {"num-examples": n, "loss": n / 7})
+        (
+            {"w": rng.normal(size=(30, 20)).astype(np.float32), "b": rng.normal(size=5)},
+            {"num-examples": n, "loss": n / 7},
+        )
         for n in (1, 7, 30, 4)
     ]
     start = record(replies[0][0])
@@ -186,7 +189,7 @@ def test_cohort_has_its_size_without_repetition(size, seed, server_round):
 def test_cohort_depends_on_seed_purpose_and_round_alone():
     expected = drawn(THOUSAND)
     random.seed(99)
-    np.random.seed(99)  # noqa: NPY002
+    np.random.seed(99)
     torch.manual_seed(99)
     assert drawn(THOUSAND) == expected
     assert drawn(random.sample(THOUSAND, 1000)) == expected  # in whatever order they connected
@@ -201,10 +204,10 @@ def test_every_client_is_drawn_some_time():
 
 
 def test_draw_leaves_the_global_random_states_alone():
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     one_round(FedAvg(1, seed=0), grid_of(canned(({}, {"num-examples": 1})), 1), record({}))
     assert random.getstate() == states[0]
-    assert np.array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], states[1])
     assert torch.equal(torch.get_rng_state(), states[2])
 
 

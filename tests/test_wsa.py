@@ -22,7 +22,7 @@ from federations import (
     spying,
     tiny,
 )
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ConfigRecord, Context
 from flwr.serverapp import ServerApp
 from safetensors.torch import load_file
 
@@ -65,7 +65,9 @@ def fused_by_hand(replies: list[Seen], variance: str) -> tuple[np.ndarray, np.nd
         return mean, (p * (variances + means**2)).sum(0) - mean**2
     if variance == "independent":
         return mean, (p**2 * variances).sum(0)
-    merged = {name: sum(p[k, 0] * reply.model[name].astype(float) for k, reply in enumerate(replies)) for name in LAYERS}
+    merged = {
+        name: sum(p[k, 0] * reply.model[name].astype(float) for k, reply in enumerate(replies)) for name in LAYERS
+    }
     return scope_of({name: values.astype(np.float32) for name, values in merged.items()})
 
 
@@ -276,9 +278,7 @@ def test_alignment_pulls_every_layer_towards_the_target(mode):
         train(model, images, labels, tiny(local_epochs=5), torch_generator(0, "client"), alignment)
         mean, variance = scope_of({name: tensor.numpy() for name, tensor in model.state_dict().items()})
         target = alignment.target.means.numpy(), alignment.target.variances.numpy()
-        distance[strength] = 0.5 * (
-            np.log(target[1] / variance) + (variance + (mean - target[0]) ** 2) / target[1] - 1
-        )
+        distance[strength] = 0.5 * (np.log(target[1] / variance) + (variance + (mean - target[0]) ** 2) / target[1] - 1)
     assert (distance[10.0] < 0.9 * distance[0.0]).all()
 
 

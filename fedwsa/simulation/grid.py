@@ -189,7 +189,6 @@ class Replies(Sequence[Message]):
             if reply is not None:
                 yield reply
         if self._left is not None:
-            self._unsent.clear()
             self._grid.give_up(set(self._ids))
 
     def __iter__(self) -> Iterator[Message]:

@@ -1,0 +1,536 @@
+"""The `fedwsa` command, in this process: what it writes; what is wrong is said in a line, and nothing written."""
+
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import require_fashion_mnist
+from rich.console import Console
+
+from experiments import cli
+from fedwsa import config
+from fedwsa.config import Config
+from fedwsa.data import fashion_mnist
+from fedwsa.run_folder import claim, sha256
+
+SMALL = (
+    "--engine=inprocess",
+    "--num-clients=6",
+    "--set=cohort=3",
+    "--set=evaluation-cohort=3",
+    "--set=local-epochs=1",
+    "--rounds=2",
+)
+STRATEGIES = ("fedavg", "fedavg-wsa", "np-merge")
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def with_report() -> None:
+    """For tests that look at the report of a run, which takes most of the time of a small one."""
+
+
+@pytest.fixture
+def fedwsa(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Command:
+    """The command as its console script runs it, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own
+    if "with_report" not in request.fixturenames:
+        monkeypatch.setattr("experiments.run.write_report", lambda folder: folder / "report.html")
+
+    def command(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["fedwsa", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), out, err)
+
+    return command
+
+
+def models(folder: Path) -> dict[str, str]:
+    return {path.parent.name: sha256(path) for path in folder.glob("*/final.safetensors")}
+
+
+def first_event(folder: Path) -> dict[str, Any]:
+    event: dict[str, Any] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    return event
+
+
+def said(outcome: Outcome) -> list[str]:
+    """The lines of a refusal, without the command's name."""
+    lines = outcome.err.splitlines()
+    assert all(line.startswith("fedwsa: ") for line in lines), outcome.err
+    return [line.removeprefix("fedwsa: ") for line in lines]
+
+
+def test_version(fedwsa: Command) -> None:
+    outcome = fedwsa("version")
+    assert outcome.status == 0
+    assert re.fullmatch(r"fedwsa \S+\nflwr 1\.41\.\d+\ntorch \S+\nray \S+\nnumpy \S+\n", outcome.out)
+
+
+def test_help_names_the_commands(fedwsa: Command) -> None:
+    outcome = fedwsa("--help")
+    assert outcome.status == 0
+    assert all(f" {name} " in outcome.out for name in ("run", "partition", "report", "version"))
+
+
+@pytest.mark.usefixtures("with_report")
+def test_run(fedwsa: Command, tmp_path: Path) -> None:
+    outcome = fedwsa("run", *SMALL, "--out=first")
+    assert outcome.status == 0
+    assert outcome.err == ""
+    folder = tmp_path / "first"
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "config.toml",
+        "metrics.jsonl",
+        "partition.json",
+        "report.html",
+        *STRATEGIES,
+    }
+    summaries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["strategy"] for line in summaries] == list(STRATEGIES)
+    assert {line["strategy"]: line["model_sha256"] for line in summaries} == models(folder)
+    lines = outcome.out.splitlines()
+    assert "\x1b" not in outcome.out
+    assert lines[0] == "run folder: first"
+    assert lines[-1] == "report: first/report.html"
+    progress = [line for line in lines if re.fullmatch(r"\S+ round \d/2 accuracy \d+\.\d% ETA (–|\d+ s)", line)]
+    assert [line.split()[:3] for line in progress] == [
+        [name, "round", f"{number}/2"] for name in STRATEGIES for number in (0, 1, 2)
+    ]
+    assert max(map(len, lines)) <= 80
+    table = [line.split()[:2] for line in lines if line.startswith(STRATEGIES)][-3:]
+    assert table == [[line["strategy"], f"{100 * line['final_accuracy']:.1f}"] for line in summaries]
+
+
+def test_config_of_a_run_repeats_it(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("run", *SMALL, "--set=wsa.strength=5", "--out=first")
+    written = tomllib.loads((tmp_path / "first/config.toml").read_text())
+    assert written.keys() == tomllib.loads(Config().to_toml()).keys()
+    assert (written["wsa"]["strength"], written["rounds"], written["out-dir"]) == (5.0, 2, "")
+    outcome = fedwsa("run", "first/config.toml")
+    assert outcome.status == 0
+    (second,) = (tmp_path / "runs").iterdir()
+    assert len(models(second)) == 3
+    assert models(second) == models(tmp_path / "first")
+    assert (second / "config.toml").read_bytes() == (tmp_path / "first/config.toml").read_bytes()
+
+
+def test_values_are_taken_from_defaults_file_set_and_options_in_this_order(fedwsa: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(
+        "num_clients = 30\nrounds = 9\nseed = 4\nname = 'file'\n[wsa]\nstrength = 2\nmode = 'proximal'\n"
+    )
+    given = cli._config(
+        tmp_path / "mine.toml", ["num-clients=40", "rounds=8", "wsa.strength=5", 'strategies=["fedavg"]'], {"rounds": 7}
+    )
+    assert given == Config(
+        num_clients=40,
+        rounds=7,
+        seed=(4,),
+        name="file",
+        strategies=("fedavg",),
+        wsa=Config().wsa.model_copy(update={"strength": 5.0, "mode": "proximal"}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("assignment", "key", "value"),
+    [
+        ("alpha=0.1,1", "alpha", (0.1, 1.0)),
+        ("alpha=[0.1, 1]", "alpha", (0.1, 1.0)),
+        ("seed = 3", "seed", (3,)),
+        ("strategies=fedavg,np-merge", "strategies", ("fedavg", "np-merge")),
+        ("data_dir=/some/where=else", "data_dir", "/some/where=else"),
+        ("name=2026-01-31", "name", "2026-01-31"),
+        ('name="2026"', "name", "2026"),
+    ],
+)
+def test_set(assignment: str, key: str, value: Any) -> None:
+    assert getattr(cli._config(None, [assignment], {}), key) == value
+
+
+@pytest.mark.usefixtures("with_report")
+def test_several_alphas_and_seeds(fedwsa: Command, tmp_path: Path) -> None:
+    outcome = fedwsa("run", *SMALL, "--alpha=0.1,1", "--seed=0,1", "--strategies=fedavg,fedavg-wsa", "--out=grid")
+    assert outcome.status == 0
+    folder = tmp_path / "grid"
+    parts = [f"alpha-{alpha}_seed-{seed}" for alpha in ("0.1", "1") for seed in (0, 1)]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == parts
+    lines = outcome.out.splitlines()
+    assert "α = 1, seed 1: fedavg-wsa round 2/2 accuracy" in outcome.out
+    title = next(number for number, line in enumerate(lines) if "final accuracy (%)" in line)
+    header = next(line for line in lines[title:] if line.startswith("strategy"))
+    assert re.match(r"strategy +α = 0.1 +α = 1 +seconds +MB up +MB down", header)
+    assert all(len(line) <= 80 for line in lines)
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+    losses = {}  # of the model to begin with
+    for part in parts:
+        first, other = [first_event(folder / part / name) for name in STRATEGIES[:2]]
+        assert first["metrics"] == other["metrics"]
+        losses[part] = first["metrics"]["loss"]
+    assert losses[parts[0]] == losses[parts[2]] != losses[parts[1]]  # the seed decides it, and α does not
+    shares = [json.loads((folder / part / "partition.json").read_text())["label_counts"] for part in parts]
+    assert len({json.dumps(share) for share in shares}) == 4
+
+
+def test_one_folder_of_several_repeats_alone(fedwsa: Command, tmp_path: Path) -> None:
+    """A federation does not depend on those before it."""
+    fedwsa("run", *SMALL, "--alpha=0.1,1", "--seed=0,1", "--strategies=fedavg-wsa", "--out=grid")
+    fedwsa("run", *SMALL, "--alpha=1", "--seed=1", "--strategies=fedavg-wsa", "--out=alone")
+    assert models(tmp_path / "grid/alpha-1_seed-1") == models(tmp_path / "alone") != {}
+
+
+WRONG: dict[str, tuple[tuple[str, ...], str]] = {
+    "unknown key": (("run", "--set=cohrt=3"), r"cohrt: unknown key; did you mean cohort\? allowed are name, .*"),
+    "wrong type": (("run", "--set=rounds=1.5"), r"rounds = 1.5: allowed is a whole number ≥ 1"),
+    "impossible value": (("run", "--alpha=nan"), r"alpha = NaN: allowed is a finite number > 0, or a list of such, .*"),
+    "no value": (("run", "--set=rounds"), r"--set rounds: allowed is key=value"),
+    "section as value": (("run", "--set=wsa=3"), r"wsa = 3: allowed is a section with keys of its own"),
+    "into a value": (("run", "--set=rounds=3", "--set=rounds.x=3"), r"rounds.x: rounds is given as a single value .*"),
+    "too few clients": (("run", "--num-clients=3", "--set=evaluation-cohort=0"), r"cohort = 10: allowed is at most .*"),
+    "missing file": (("run", "none.toml"), r"none.toml: no such config file"),
+    "folder as file": (("run", "."), r"\.: cannot be read: Is a directory"),
+    "unknown data": (("run", "--data=mnits"), r"unknown data set 'mnits': registered are digits, fashion-mnist; .*"),
+    "unknown model": (("run", "--set=model=vgg"), r"unknown model 'vgg': registered are cnn, mlp; or .*"),
+    "unknown strategy": (("run", "--strategies=fedavgg"), r"unknown strategy 'fedavgg': registered are fedavg, .*"),
+    "unknown partitioner": (("run", "--set=partitioner=x"), r"unknown partitioner 'x': registered are dirichlet, .*"),
+    "path to nowhere": (("run", "--set=model=torch:nothing"), r"unknown model 'torch:nothing' \(.*\): registered .*"),
+    "no such split": (
+        ("run", "--set=num-clients=900"),
+        r"900 clients with min_size=2 need 1800 samples, got 1338; use a smaller min_size or fewer clients",
+    ),
+    "server's split": (("run", "--set=server-samples=2000"), r".* got 2000"),
+    "no run to resume": (("run", "--resume=."), r"\.: no run to resume, config.toml is missing"),
+    "resume and options": (("run", "--resume=.", "--rounds=3"), r"--resume takes the config of the run folder; .*"),
+    "resume and set": (("run", "--resume=.", "--set=rounds=3"), r"--resume takes the config of the run folder; .*"),
+    "resume and file": (("run", "my.toml", "--resume=."), r"--resume takes the config of the run folder; .*"),
+    "partition of several": (("partition", "--alpha=0.1,1"), r"partition shows one federation; .*"),
+    "partition as pdf": (("partition", "--out=a.pdf"), r"--out a.pdf: allowed is a name that ends in .svg or .png"),
+    "partition of nothing": (("partition", "--data=x"), r"unknown data set 'x': .*"),
+    "partition impossible": (("partition", "--num-clients=900"), r"900 clients with min_size=2 need 1800 samples, .*"),
+    "report of no run": (("report", "."), r"\. is not a run folder: it has no config.toml; .*"),
+    "report of nothing": (("report", "none"), r"none is not a run folder: .*"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(fedwsa: Command, tmp_path: Path, case: str) -> None:
+    arguments, expected = WRONG[case]
+    outcome = fedwsa(*arguments)
+    assert outcome.status == 2
+    assert outcome.out == ""
+    (line,) = said(outcome)
+    assert re.fullmatch(expected, line), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_is_not_toml(fedwsa: Command, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text("rounds: 3\n")
+    outcome = fedwsa("run", "my.toml")
+    assert outcome.status == 2
+    (line,) = said(outcome)
+    assert re.fullmatch(r"my.toml: not valid TOML: .*line 1, column 7.*", line)
+    assert [path.name for path in tmp_path.iterdir()] == ["my.toml"]
+
+
+@pytest.mark.parametrize("option", ["--bogus", "--rounds=x"])
+def test_unknown_option(fedwsa: Command, tmp_path: Path, option: str) -> None:
+    outcome = fedwsa("run", option)
+    assert outcome.status == 2
+    assert option.partition("=")[0] in outcome.err
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_is_wrong_is_said_at_once(fedwsa: Command, tmp_path: Path) -> None:
+    names = fedwsa("run", "--strategies=a,b", "--set=model=c", "--data=d")
+    assert names.status == 2
+    assert [line.partition(":")[0] for line in said(names)] == [
+        "unknown strategy 'a'",
+        "unknown strategy 'b'",
+        "unknown model 'c'",
+        "unknown data set 'd'",
+    ]
+    values = fedwsa("run", "--rounds=0", "--set=wsa.mode=x", "--set=cohort=30")
+    assert values.status == 2
+    assert [line.partition(":")[0] for line in said(values)] == ["rounds = 0", 'wsa.mode = "x"', "cohort = 30"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_are_not_there(fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", tmp_path / "system")
+    (tmp_path / "empty").mkdir()
+    outcome = fedwsa("run", "--data=fashion-mnist", "--data-dir=empty")
+    assert outcome.status == 2
+    (line,) = said(outcome)
+    assert f"looked in empty, empty/FashionMNIST/raw, {tmp_path / 'system'}; get them by `apt-get install " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_folder_that_holds_a_run(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("run", *SMALL, "--strategies=fedavg", "--out=my run")
+    before = {path: path.read_bytes() for path in (tmp_path / "my run").rglob("*") if path.is_file()}
+    outcome = fedwsa("run", *SMALL, "--out=my run")
+    assert outcome.status == 2
+    assert said(outcome) == [
+        "my run: holds a run already; go on with it by fedwsa run --resume 'my run', or choose another folder"
+    ]
+    assert {path: path.read_bytes() for path in (tmp_path / "my run").rglob("*") if path.is_file()} == before
+
+
+def test_folder_that_holds_something_else(fedwsa: Command, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    outcome = fedwsa("run", *SMALL, "--out=.")
+    assert outcome.status == 2
+    assert said(outcome) == [".: holds other files; allowed is a folder that is empty or not yet there"]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_folder_in_use(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine")
+    release = claim(tmp_path / "mine")
+    outcome = fedwsa("run", "--resume=mine")
+    assert outcome.status == 2
+    assert said(outcome) == ["mine: in use by another run; wait for it or choose another folder"]
+    release()
+    assert fedwsa("run", "--resume=mine").status == 0
+
+
+def test_place_where_no_folder_can_be(fedwsa: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for option in ("--out=file", "--out=file/run", "--set=runs-dir=file"):
+        outcome = fedwsa("run", *SMALL, option)
+        assert outcome.status == 2
+        (line,) = said(outcome)
+        assert re.fullmatch(r"file.*: cannot be used as a run folder: (File exists|Not a directory)", line)
+
+
+def test_finished_run_is_shown_again_and_not_run_again(
+    fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = fedwsa("run", *SMALL, "--out=mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    monkeypatch.setattr("experiments.run.open_engine", None)
+    again = fedwsa("run", "--resume=mine")
+    assert again.status == 0
+    assert again.out.splitlines()[1:] == first.out.splitlines()[-len(again.out.splitlines()) + 1 :]
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("lost", ["a line of the summary", "the summary", "the final model", "a strategy"])
+def test_resume_makes_up_for_what_is_missing(fedwsa: Command, tmp_path: Path, lost: str) -> None:
+    """As if killed after the last checkpoint, after the final model, or between two strategies."""
+    fedwsa("run", *SMALL, "--out=mine")
+    before, summary = models(tmp_path / "mine"), tmp_path / "mine/metrics.jsonl"
+    summaries = [json.loads(line) for line in summary.read_text().splitlines()]
+    if lost == "a line of the summary":
+        summary.write_text("".join(summary.read_text().splitlines(keepends=True)[:-1]))
+    else:
+        summary.unlink()
+    if lost in ("the final model", "a strategy"):
+        (tmp_path / "mine/np-merge/final.safetensors").unlink()
+    if lost == "a strategy":
+        for path in (tmp_path / "mine/np-merge/checkpoints").iterdir():
+            path.unlink()
+    outcome = fedwsa("run", "--resume=mine")
+    assert outcome.status == 0
+    assert models(tmp_path / "mine") == before
+    again = [json.loads(line) for line in summary.read_text().splitlines()]
+    if lost == "a strategy":
+        for line in (*again, *summaries):
+            del line["seconds"]
+    assert again == summaries
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, error: BaseException, writes: int) -> None:
+    """`error` comes in the place of the (writes + 1)-th file that is synced as a whole."""
+    real, count = os.fsync, iter(range(10**6))
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".tmp") and next(count) >= writes:
+            raise error
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The final models of `SMALL`."""
+    from experiments import run
+
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    values: dict[str, Any] = {"engine": "inprocess", "num-clients": 6, "cohort": 3, "evaluation-cohort": 3}
+    settings = config.parse({**values, "local-epochs": 1, "rounds": 2, "out-dir": str(folder)})
+    run.start(settings, Console(quiet=True))
+    return models(folder)
+
+
+@pytest.mark.parametrize("writes", range(2, 12))
+def test_run_that_stops_at_any_write_is_resumed(
+    fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str], writes: int
+) -> None:
+    """After config and partition: two checkpoints and a model for each of three strategies, then the summary."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, KeyboardInterrupt(), writes)
+        outcome = fedwsa("run", *SMALL, "--out=mine")
+    assert outcome.status == 130
+    assert said(outcome) == ["interrupted; go on with: fedwsa run --resume mine"]
+    assert len(models(tmp_path / "mine")) == (writes - 2) // 3
+    assert not (tmp_path / "mine/metrics.jsonl").exists()
+    resumed = fedwsa("run", "--resume=mine")
+    assert resumed.status == 0
+    assert models(tmp_path / "mine") == undisturbed
+    for name in STRATEGIES:
+        events = [json.loads(line) for line in (tmp_path / "mine" / name / "metrics.jsonl").read_text().splitlines()]
+        assert [(event["round"], event["phase"]) for event in events] == [
+            (0, "evaluate-server"),
+            *((number, phase) for number in (1, 2) for phase in ("train", "evaluate-clients", "evaluate-server")),
+        ]
+
+
+def test_full_disk_at_a_checkpoint(
+    fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 3)
+        outcome = fedwsa("run", *SMALL, "--out=mine")
+    assert outcome.status == 1
+    assert said(outcome) == [
+        "mine/fedavg/checkpoints/round-000002.safetensors: cannot be written: No space left on device; "
+        "once this is mended, go on with: fedwsa run --resume mine"
+    ]
+    assert [path.name for path in (tmp_path / "mine/fedavg/checkpoints").iterdir()] == ["round-000001.safetensors"]
+    assert fedwsa("run", "--resume=mine").status == 0
+    assert models(tmp_path / "mine") == undisturbed
+
+
+@pytest.mark.usefixtures("with_report")
+def test_full_disk_at_the_report(fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.report.write_atomically", write)
+        outcome = fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine")
+        (line,) = said(outcome)
+        assert outcome.status == 1
+        assert line.startswith("mine: the report cannot be written: No space left on device; once this is mended, ")
+        again = fedwsa("report", "mine")
+        assert again.status == 1
+        assert said(again) == ["mine/report.html: cannot be written: No space left on device"]
+    assert fedwsa("report", "mine").status == 0
+    assert (tmp_path / "mine/report.html").exists()
+
+
+def test_damaged_checkpoint_costs_a_round_and_not_the_run(
+    fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, KeyboardInterrupt(), 7)  # after the second checkpoint of fedavg-wsa
+        fedwsa("run", *SMALL, "--out=mine")
+    newest = tmp_path / "mine/fedavg-wsa/checkpoints/round-000002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    outcome = fedwsa("run", "--resume=mine")
+    assert outcome.status == 0
+    assert models(tmp_path / "mine") == undisturbed
+
+
+def test_config_changed_before_resume(fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, KeyboardInterrupt(), 3)
+        fedwsa("run", *SMALL, "--out=mine")
+    path = tmp_path / "mine/config.toml"
+    path.write_text(path.read_text().replace('model = "mlp"', 'model = "cnn"'))
+    outcome = fedwsa("run", "--resume=mine")
+    assert outcome.status == 1
+    (line,) = said(outcome)
+    assert line.startswith("mine/fedavg/checkpoints: of another model than cnn, [")
+
+
+def test_partition(fedwsa: Command, tmp_path: Path) -> None:
+    outcome = fedwsa("partition", "--num-clients=6", "--out=mine.png")
+    assert outcome.status == 0
+    assert "\x1b" not in outcome.out
+    lines = outcome.out.splitlines()
+    assert lines[-1] == "picture: mine.png"
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if re.match(r" +\d", line)]
+    assert [row[0] for row in rows] == [str(client) for client in range(6)]
+    counts = [[0 if cell == "·" else int(cell) for cell in row[3:]] for row in rows]
+    assert [sum(row) for row in counts] == [int(row[1]) for row in rows]
+    assert sum(map(sum, counts)) == 1438 - 100  # digits' training split less the server's
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_partition_is_what_a_run_uses(fedwsa: Command, tmp_path: Path) -> None:
+    options = ("--num-clients=6", "--alpha=0.3", "--seed=5")
+    fedwsa("run", *SMALL, *options, "--strategies=fedavg", "--out=mine")
+    used = json.loads((tmp_path / "mine/partition.json").read_text())["label_counts"]
+    outcome = fedwsa("partition", *options)
+    rows = [line.split()[3:] for line in outcome.out.splitlines() if re.match(r" +\d", line)]
+    assert [[0 if cell == "·" else int(cell) for cell in row] for row in rows] == used
+    assert (tmp_path / "partition.svg").read_text().startswith("<svg")
+
+
+def test_partition_of_a_hundred_clients(fedwsa: Command) -> None:
+    require_fashion_mnist()
+    outcome = fedwsa("partition", "--num-clients=100", "--data=fashion-mnist", "--alpha=0.1")
+    assert outcome.status == 0
+    assert "the first 40 are shown, 60 are left out" in " ".join(outcome.out.split())
+
+
+def test_partition_into_no_folder(fedwsa: Command) -> None:
+    outcome = fedwsa("partition", "--out=none/mine.svg")
+    assert outcome.status == 1
+    assert said(outcome) == ["none/mine.svg: cannot be written: No such file or directory"]
+
+
+@pytest.mark.usefixtures("with_report")
+def test_report_again(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine")
+    report = (tmp_path / "mine/report.html").read_bytes()
+    (tmp_path / "mine/report.html").unlink()
+    outcome = fedwsa("report", "mine")
+    assert (outcome.status, outcome.out) == (0, "report: mine/report.html\n")
+    assert (tmp_path / "mine/report.html").read_bytes() == report
+
+
+def test_strategy_of_the_users_own(fedwsa: Command, tmp_path: Path) -> None:
+    """An import path may name a module in the current folder."""
+    (tmp_path / "mine_alone.py").write_text(
+        "from strategies import FedAvg\ndef build(config, holdout):\n    return FedAvg.from_config(config, holdout)\n"
+    )
+    outcome = fedwsa("run", *SMALL, "--strategies=fedavg,mine_alone:build", "--out=mine")
+    assert outcome.status == 0
+    found = models(tmp_path / "mine")
+    assert found["mine_alone:build"] == found["fedavg"]
