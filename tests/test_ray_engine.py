@@ -388,7 +388,7 @@ def test_a_worker_killed_while_it_computes_costs_nothing(engine, tmp_path):
     running = tmp_path / "running"
 
     def client(message, context):
-        if context.node_config["partition-id"] == 3 and not running.exists():
+        if context.node_config["partition-id"] == 1 and not running.exists():
             write(running, str(os.getpid()))
             time.sleep(600)
         seen = context.state["seen"]["count"] + 1 if "seen" in context.state else 1

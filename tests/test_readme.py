@@ -20,7 +20,11 @@ def blocks(language: str, text: str) -> list[str]:
 def test_python_in_the_readme_runs(number: int, tmp_path: Path) -> None:
     code = blocks("python", README)[number]
     done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=100
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     if "print" in code:

@@ -98,13 +98,13 @@ def test_mean_of_float32_is_summed_in_float64():
 def test_counters_are_averaged_and_rounded_in_their_own_type(make: Callable[[dict[str, np.ndarray]], ArrayRecord]):
     mean = MeanModel()
     mean.add(make({"steps": np.asarray(10), "large": np.array([2**40])}), 1)
-    mean.add(make({"steps": np.asarray(21), "large": np.array([2**40])}), 2)
+    mean.add(make({"steps": np.asarray(20), "large": np.array([2**40])}), 2)
     result = numbers(mean.record())
     assert result["steps"].shape == ()
-    assert (result["steps"].item(), result["steps"].dtype) == (17, np.int64)  # 52/3 = 17.3
+    assert (result["steps"].item(), result["steps"].dtype) == (17, np.int64)  # 50/3 = 16.7
     assert result["large"].tolist() == [2**40]
-    mean.add(make({"steps": np.asarray(21), "large": np.array([2**40])}), 3)
-    assert mean.record()["steps"].numpy().item() == 19  # 115/6 = 19.2; of sums, not of rounded means
+    mean.add(make({"steps": np.asarray(20), "large": np.array([2**40])}), 3)
+    assert mean.record()["steps"].numpy().item() == 18  # 110/6 = 18.3
 
 
 def test_only_the_order_of_the_clients_matters_not_that_of_their_arrays():
@@ -249,6 +249,16 @@ def test_callers_config_is_left_as_it_is(name, make):
     for message in train + evaluate:
         sent = message.content.config_records["config"]
         assert (sent["lr"], sent["server-round"], sent["schema-version"]) == (0.5, 4, 1)
+
+
+def test_evaluation_has_a_cohort_of_its_own():
+    strategy, grid = FedAvg(20, seed=0, evaluation_cohort=20), grid_of(canned(), 1000)
+    cohorts = [
+        [message.metadata.dst_node_id for message in configure(1, record({}), ConfigRecord(), grid)]
+        for configure in (strategy.configure_train, strategy.configure_evaluate)
+    ]
+    assert cohorts[0] == drawn(grid.get_node_ids())
+    assert cohorts[1] == drawn(grid.get_node_ids(), purpose="evaluation-cohort")
 
 
 def test_nobody_evaluates_where_the_evaluation_cohort_is_zero():

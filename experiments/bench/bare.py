@@ -37,8 +37,8 @@ def main() -> None:
     workload, rounds = arguments()
     torch.set_num_threads(1)
     watch = Stopwatch()
-    model_vector = parameters_to_vector(workload.build().parameters()).detach().share_memory_()
-    sums = torch.zeros(PROCESSES, model_vector.numel()).share_memory_()
+    model_vector = parameters_to_vector(workload.build().parameters()).detach().share_memory_()  # type: ignore[no-untyped-call]
+    sums = torch.zeros(PROCESSES, model_vector.numel()).share_memory_()  # type: ignore[no-untyped-call]
     context = mp.get_context("spawn")
     barrier = context.Barrier(PROCESSES + 1)
     workers = [

@@ -43,7 +43,7 @@ def main() -> None:
             watch.lap()
 
     name = sys.argv[3] if len(sys.argv) > 3 else "ray"
-    with tempfile.TemporaryDirectory() as folder, open_engine(name, workers=2, start_here=name == "ray") as engine:
+    with tempfile.TemporaryDirectory() as folder, open_engine(name, workers=2) as engine:
         server_app = make_app(Path(folder), lap)
         simulate(server_app, client_app, workload.clients, engine=engine, run_config=config.to_run_config())
     watch.report()

@@ -25,7 +25,7 @@ def train(message: Message, context: Context) -> Message:
     torch.set_num_threads(1)
     images, labels = tensors()
     model = workload.build()
-    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     shard = workload.shard(int(context.node_config["partition-id"]))
     local_epoch(model, images[shard], labels[shard])
     metrics = MetricRecord({"num-examples": workload.samples})
@@ -36,9 +36,10 @@ def train(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     """Flower's FedAvg; the central evaluation only takes the time."""
 
-    def lap(server_round: int, arrays: ArrayRecord) -> None:
+    def lap(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round:
             watch.lap()
+        return None
 
     FedAvg(
         fraction_train=(workload.cohort + 0.5) / workload.clients,
@@ -49,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
         grid=grid,
         initial_arrays=ArrayRecord(workload.build().state_dict()),
         num_rounds=rounds,
-        evaluate_fn=lap,  # type: ignore[arg-type]
+        evaluate_fn=lap,
     )
 
 
