@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")  # of 60, which Ray's agents outlive a kill -9 by
 
 import typer
 from rich.console import Console
@@ -193,8 +194,8 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: object) -> NoReturn:
-    """As Ctrl-C does: everything is closed on the way out."""
-    sys.exit(128 + number)
+    """As Ctrl-C does, everything is closed on the way out."""
+    raise KeyboardInterrupt(number)
 
 
 def _fail(error: object, status: int) -> NoReturn:

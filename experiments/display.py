@@ -66,9 +66,8 @@ class Display:
     def event(self, strategy: str, event: Event) -> None:
         """Called for every line of a strategy's metrics.jsonl as it is written."""
         if event["phase"] == "train":
-            self._complete(strategy, event["round"] - 1)  # by an earlier start of this run
-            self.computed += 1
             self._complete(strategy, event["round"])
+            self._time_round()
         for failure in event.get("failures", ()):
             self._print(f"{self.prefix}{strategy} round {event['round']}: left out {failure}", style="yellow")
         if event["phase"] == "evaluate-server":
@@ -94,8 +93,11 @@ class Display:
         self.left -= new
         self.progress.update(self.tasks[strategy], completed=server_round)
         self.progress.update(self.all, advance=new)
+
+    def _time_round(self) -> None:
         now = time.monotonic()
-        if self.computed < 2:
+        self.computed += 1
+        if self.computed == 1:
             self.start = now
         else:
             self.end = now + (now - self.start) / (self.computed - 1) * self.left

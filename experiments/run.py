@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -124,9 +125,9 @@ def _resumable(folder: Path) -> Iterator[None]:
         yield
     except RunError as error:
         raise RunError(f"{error}; once this is mended, go on with: {_resume_command(folder)}") from error
-    except (KeyboardInterrupt, SystemExit) as stop:
-        status = stop.code if isinstance(stop, SystemExit) and isinstance(stop.code, int) else 130
-        raise InterruptedRunError(f"interrupted; go on with: {_resume_command(folder)}", status) from stop
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if stop.args else signal.SIGINT
+        raise InterruptedRunError(f"interrupted; go on with: {_resume_command(folder)}", 128 + number) from stop
 
 
 def _run(config: Config, folder: Path, console: Console) -> None:

@@ -5,6 +5,7 @@ Flower's FedAvg takes NaN and a negative weight, and one wrong shape or key ends
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
@@ -17,6 +18,8 @@ from fedwsa.arrays import NumpyArray, view
 from fedwsa.errors import RunError
 from strategies.aggregation import as_type
 from strategies.sampling import each
+
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type of every array of the model
 
 
 class NoUsableReplyError(RunError):
@@ -39,13 +42,13 @@ class Gate(Strategy):
         self.failures: list[str] = []
         self.usable = 0
         self._sent: list[Metadata] = []
-        self._layout: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._layout: Layout = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """What the wrapped strategy sends, marked with the round."""
-        self._layout = {name: (tuple(array.shape), array.dtype) for name, array in arrays.items()}
+        self._layout = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
         return self._marked(server_round, self.strategy.configure_train(server_round, arrays, config, grid))
 
     def aggregate_train(
@@ -85,7 +88,7 @@ class Gate(Strategy):
     def _typed(self, arrays: ArrayRecord) -> ArrayRecord:
         for name, (_, dtype) in self._layout.items():
             if name in arrays and arrays[name].dtype != dtype:
-                arrays[name] = NumpyArray(as_type(view(arrays[name]), np.dtype(dtype)))
+                arrays[name] = NumpyArray(as_type(view(arrays[name]), dtype))
         return arrays
 
     def _marked(self, server_round: int, outgoing: Iterable[Message]) -> list[Message]:
@@ -131,7 +134,7 @@ def _keep_common(records: list[MetricRecord]) -> None:
             del record[key]
 
 
-def _fault(reply: Message, server_round: int, layout: Mapping[str, tuple[tuple[int, ...], str]] | None) -> str | None:
+def _fault(reply: Message, server_round: int, layout: Layout | None) -> str | None:
     """Why a reply cannot be used, or None. layout: shape and type by name, for a reply that carries a model."""
     if reply.has_error():
         lines = (reply.error.reason or "").strip().splitlines()
@@ -159,7 +162,7 @@ def _metrics_fault(metrics: MetricRecord) -> str | None:
     return None
 
 
-def _arrays_fault(arrays: ArrayRecord, layout: Mapping[str, tuple[tuple[int, ...], str]]) -> str | None:
+def _arrays_fault(arrays: ArrayRecord, layout: Layout) -> str | None:
     """Also puts the decoded numbers in place of bytes, so that nobody decodes them again."""
     if unlike := layout.keys() ^ arrays.keys():
         return f"array names differ: {sorted(unlike)}"
@@ -170,9 +173,10 @@ def _arrays_fault(arrays: ArrayRecord, layout: Mapping[str, tuple[tuple[int, ...
             values = view(arrays[name])
         except Exception as error:  # whatever bytes may do to np.load
             return f"{name}: not a readable array ({error})"
-        if values.shape != shape or str(values.dtype) != dtype:
+        if values.shape != shape or values.dtype != dtype:
             return f"{name}: {values.dtype} {values.shape}, sent was {dtype} {shape}"
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             return f"{name}: not finite"
-        arrays[name] = NumpyArray(values)
+        if type(arrays[name]) is not NumpyArray:
+            arrays[name] = NumpyArray(values)
     return None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clients.client_app import app as client_app
 from clients.client_app import evaluate_message, train_message
 from fedwsa import messages, models
-from fedwsa.arrays import pack, unpack
+from fedwsa.arrays import pack, view
 from fedwsa.config import Config
 from fedwsa.scope import WeightScope
 from fedwsa.simulation import simulate
@@ -166,14 +166,14 @@ def ask(
     server_round: int = 1,
     *,
     kind: str = "train",
-    model: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
     node_config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Our client's reply to one message: model (of a training) and metrics; what it raises is a RuntimeError here."""
     identify()
     entries = {messages.SERVER_ROUND: server_round, messages.VERSION: messages.SCHEMA_VERSION, **(settings or {})}
-    content = RecordDict({"arrays": pack(model or initial_model()), "config": ConfigRecord(entries)})
+    content = RecordDict({"arrays": pack(start or initial_model()), "config": ConfigRecord(entries)})
     message = Message(content, dst_node_id=1, message_type=kind)
     if node_config is None:
         population = Population(client_app, config.num_clients, config.to_run_config())
@@ -184,7 +184,8 @@ def ask(
     if reply.has_error():
         raise RuntimeError(reply.error.reason.strip().splitlines()[-1])
     arrays = reply.content.array_records.get(messages.ARRAYS, {})
-    return unpack(arrays), dict(reply.content.metric_records[messages.METRICS])
+    model = {name: torch.from_numpy(view(array)) for name, array in arrays.items()}  # the reply's own memory
+    return model, dict(reply.content.metric_records[messages.METRICS])
 
 
 def alignment_towards(factor: float, model: Mapping[str, Tensor], **options: Any) -> messages.Alignment:

@@ -16,7 +16,7 @@ import pytest
 from helpers import require_fashion_mnist
 from rich.console import Console
 
-from experiments import cli
+from experiments import cli, display
 from fedwsa import config
 from fedwsa.config import Config
 from fedwsa.data import fashion_mnist
@@ -475,6 +475,88 @@ def test_config_changed_before_resume(fedwsa: Command, tmp_path: Path, monkeypat
     assert outcome.status == 1
     (line,) = said(outcome)
     assert line.startswith("mine/fedavg/checkpoints: of another model than cnn, [")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(display, "time", clock)
+    return clock
+
+
+def lines_of(shown: display.Display, clock: Clock, rounds: range, *, strategy: str, seconds: float) -> list[str]:
+    """What a display says of rounds that take this long."""
+    with shown.console.capture() as captured:
+        for number in rounds:
+            clock.now += seconds
+            shown.event(strategy, {"round": number, "phase": "train", "metrics": {}})
+            event = {"round": number, "phase": "evaluate-server", "metrics": {"accuracy": 0.8765}}
+            shown.event(strategy, event)
+    return captured.get().splitlines()
+
+
+def test_time_left(clock: Clock) -> None:
+    """By the mean of the rounds so far, less the first one; over all strategies."""
+    shown = display.Display(config.parse({"strategies": "fedavg,np-merge", "rounds": 4}), Console(width=80))
+    shown.begin(Config())
+    assert lines_of(shown, clock, range(1, 2), strategy="fedavg", seconds=500) == [
+        "fedavg round 1/4 accuracy 87.6% ETA –"
+    ]
+    assert lines_of(shown, clock, range(2, 5), strategy="fedavg", seconds=10) == [
+        "fedavg round 2/4 accuracy 87.6% ETA 1:00 min",
+        "fedavg round 3/4 accuracy 87.6% ETA 50 s",
+        "fedavg round 4/4 accuracy 87.6% ETA 40 s",
+    ]
+    shown.finished("fedavg")
+    assert lines_of(shown, clock, range(1, 5), strategy="np-merge", seconds=30) == [
+        "np-merge round 1/4 accuracy 87.6% ETA 45 s",
+        "np-merge round 2/4 accuracy 87.6% ETA 36 s",
+        "np-merge round 3/4 accuracy 87.6% ETA 20 s",
+        "np-merge round 4/4 accuracy 87.6% ETA 0 s",
+    ]
+
+
+def test_time_left_of_a_long_run(clock: Clock) -> None:
+    shown = display.Display(config.parse({"strategies": "fedavg", "rounds": 302}), Console(width=80))
+    shown.begin(Config())
+    assert lines_of(shown, clock, range(1, 3), strategy="fedavg", seconds=60)[-1].endswith("ETA 5:00 h")
+    clock.now += 3600
+    assert shown.remaining() == "4:00 h"  # also between two rounds
+    clock.now += 3600 * 5
+    assert shown.remaining() == "0 s"
+
+
+def test_time_left_after_resume(clock: Clock) -> None:
+    """Rounds of an earlier start took no time of this one."""
+    settings = config.parse({"strategies": "fedavg,np-merge", "rounds": 100, "seed": [3, 4]})
+    shown = display.Display(settings, Console(width=80))
+    shown.begin(settings.federations()[0])
+    shown.finished("fedavg")
+    assert lines_of(shown, clock, range(91, 93), strategy="np-merge", seconds=2) == [
+        "α = 0.1, seed 3: np-merge round 91/100 accuracy 87.6% ETA –",
+        "α = 0.1, seed 3: np-merge round 92/100 accuracy 87.6% ETA 6:56 min",  # 208 rounds
+    ]
+    shown.begin(settings.federations()[1])
+    assert lines_of(shown, clock, range(1, 2), strategy="fedavg", seconds=2) == [
+        "α = 0.1, seed 4: fedavg round 1/100 accuracy 87.6% ETA 6:54 min"
+    ]
+
+
+def test_clients_that_were_left_out_are_named(clock: Clock) -> None:
+    shown = display.Display(config.parse({"rounds": 2}), Console(width=40))
+    shown.begin(Config())
+    failure = "node 1003: error 2: ValueError: [oops] and what makes it longer than the width"
+    with shown.console.capture() as captured:
+        shown.event("fedavg", {"round": 1, "phase": "train", "metrics": {}, "failures": [failure]})
+    assert captured.get() == f"fedavg round 1: left out {failure}\n"
 
 
 def test_partition(fedwsa: Command, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_training_depends_on_seed_round_and_client_alone(model):
     config = tiny(model=model, partitioner="iid", batch_size=8)
 
     def trained(client=2, server_round=3, **changes):
-        state, metrics = ask(config.model_copy(update=changes), client, server_round, model=start)
+        state, metrics = ask(config.model_copy(update=changes), client, server_round, start=start)
         return bits(state), metrics
 
     expected = trained()
@@ -67,7 +67,7 @@ def test_what_a_module_draws_depends_on_seed_round_and_client():
     drawn = []
     for client, server_round, seed in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (0, 1, 0)):
         NoisyNet.draws.clear()
-        ask(config.model_copy(update={"seed": (seed,)}), client, server_round, model=start)
+        ask(config.model_copy(update={"seed": (seed,)}), client, server_round, start=start)
         drawn.append(NoisyNet.draws[0])
     assert drawn[0] == drawn[4]
     assert len(set(drawn)) == 4
@@ -78,7 +78,7 @@ def test_global_random_states_are_left_alone(kind):
     config = tiny(model="federations:DropoutNet")
     start = models.build(config.model, *DIGITS, seed=0).state_dict()
     before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    ask(config, kind=kind, model=start)
+    ask(config, kind=kind, start=start)
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
@@ -87,9 +87,9 @@ def test_global_random_states_are_left_alone(kind):
 def test_message_and_client_share_no_memory():
     start = initial_model()
     before = bits(start)
-    first, _ = ask(tiny(), model=start)
+    first, _ = ask(tiny(), start=start)
     after = bits(first)
-    ask(tiny(), 1, model=start)
+    ask(tiny(), 1, start=start)
     assert bits(start) == before
     assert bits(first) == after != before
 
@@ -107,17 +107,18 @@ def test_reply_to_a_training():
     assert (metrics["scope-means"], metrics["scope-variances"]) == (scope.means.tolist(), scope.variances.tolist())
 
 
-def test_reply_is_the_training_of_the_message_s_model():
-    config = tiny(momentum=0.9)
+@pytest.mark.parametrize("seed", [0, 5])
+def test_reply_is_the_training_of_the_message_s_model(seed):
+    config = tiny(momentum=0.9, seed=seed)
     alignment = alignment_towards(0.5, initial_model(7), strength=2.0)
-    state, metrics = ask(config, 3, 5, model=initial_model(7), settings=messages.pack_alignment(alignment))
+    state, metrics = ask(config, 3, 5, start=initial_model(7), settings=messages.pack_alignment(alignment))
     model = models.build("mlp", *DIGITS, seed=7)
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.training[3])
-    loss = train(model, images, labels, config, torch_generator(0, "client", 5, 3), alignment)
+    loss = train(model, images, labels, config, torch_generator(seed, "client", 5, 3), alignment)
     assert bits(state) == bits(model.state_dict())
     assert metrics["loss"] == loss
-    assert bits(state) != bits(ask(config, 3, 5, model=initial_model(7))[0])
+    assert bits(state) != bits(ask(config, 3, 5, start=initial_model(7))[0])
 
 
 def test_reply_to_an_evaluation():
@@ -134,9 +135,9 @@ def test_reply_to_an_evaluation():
 def test_dropout_is_off_in_an_evaluation_and_on_in_the_next_training():
     config = tiny(model="federations:DropoutNet")
     start = models.build(config.model, *DIGITS, seed=0).state_dict()
-    first, evaluated = ask(config, model=start), ask(config, kind="evaluate", model=start)
-    assert ask(config, kind="evaluate", model=start) == evaluated
-    assert bits(ask(config, model=start)[0]) == bits(first[0])
+    first, evaluated = ask(config, start=start), ask(config, kind="evaluate", start=start)
+    assert ask(config, kind="evaluate", start=start) == evaluated
+    assert bits(ask(config, start=start)[0]) == bits(first[0])
 
 
 # ---- the loop against PyTorch's optimiser
@@ -322,6 +323,11 @@ def test_split_follows_the_seed_and_nothing_random():
     assert not all(np.array_equal(a, b) for a, b in zip(one.training, other.training, strict=True))
 
 
+def test_seed_decides_who_holds_what_where_the_server_holds_nothing():
+    counts = [federation(tiny(server_samples=0, strategies=("fedavg",), seed=seed)).label_counts() for seed in (0, 1)]
+    assert not np.array_equal(*counts)
+
+
 def test_training_options_move_no_sample():
     """Strategies and options are compared on the same federation."""
     one = federation(tiny())
@@ -411,7 +417,7 @@ def test_model_of_another_shape_is_refused():
     state = initial_model()
     del state["layers.0.bias"]
     with pytest.raises(RuntimeError, match=r"array names differ from the model's: \['layers.0.bias'\]"):
-        ask(tiny(), model=state)
+        ask(tiny(), start=state)
 
 
 def test_evaluation_leaves_the_validation_samples_out_of_training():

@@ -331,8 +331,8 @@ def test_a_run_ends_with_another_finite_model(name, run_of):
         assert not torch.equal(tensor, start[key])
 
 
-def initial_model_of_the_run() -> dict[str, torch.Tensor]:
-    return initial_model(torch_seed(0, "model"))
+def initial_model_of_the_run(seed: int = 0) -> dict[str, torch.Tensor]:
+    return initial_model(torch_seed(seed, "model"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -425,6 +425,14 @@ def test_strategies_are_paired(name, run_of):
     first = {s.sent for s in one if (s.kind, s.server_round) == ("train", 1)}
     assert first == {s.sent for s in other if (s.kind, s.server_round) == ("train", 1)}
     assert first == {digest({key: tensor.numpy() for key, tensor in initial_model_of_the_run().items()})}
+
+
+def test_seed_decides_start_and_cohorts(run_of, tmp_path):
+    seen: list[Seen] = []
+    run(tiny(strategies=("fedavg",), seed=1), tmp_path, spying(seen))
+    first = initial_model_of_the_run(seed=1)
+    assert seen[0].sent == digest({key: tensor.numpy() for key, tensor in first.items()})
+    assert [s.client for s in seen] != [s.client for s in run_of("fedavg").seen]
 
 
 @pytest.mark.parametrize("name", NAMES)

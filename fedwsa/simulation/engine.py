@@ -1,5 +1,6 @@
 """What an engine is: something that answers messages with a Flower ClientApp. Two exist, `inprocess` and `ray`."""
 
+import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ class Answer:
     message_id: str
     reply: Message
     state: RecordDict
+    seconds: float = 0.0  # that the client app took
 
 
 class Engine(Protocol):
@@ -84,13 +86,14 @@ def answer(population: Population, job: Job) -> Answer:
         state=job.state,
         run_config=dict(population.run_config),
     )
+    start = time.perf_counter()
     try:
         reply = population.app(job.message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=job.message)
-    return Answer(job.message.metadata.message_id, reply, context.state)
+    return Answer(job.message.metadata.message_id, reply, context.state, time.perf_counter() - start)
 
 
 class InProcessEngine:

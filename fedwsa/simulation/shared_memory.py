@@ -1,0 +1,291 @@
+"""How messages and weights travel between the server process and a worker on the same machine.
+
+Small things go through a Unix socket, the numbers through memory that both processes map (`memfd`): it has no name, so
+that nothing is left behind whatever dies, and it does not count against a container's small /dev/shm. A record that
+goes to many clients is written once and mapped by each worker; a reply is written into a block that the server lends.
+"""
+
+import mmap
+import os
+import pickle
+import socket
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+ALIGNMENT = 64  # bytes
+SMALL = 1 << 14  # bytes of numbers that are not worth a block
+SEEN = 8  # records and blocks that a worker keeps mapped beyond those in use
+
+
+class Segment:
+    """Memory that several processes map. Raises OSError where the machine has no room for it."""
+
+    def __init__(self, size: int, fd: int | None = None, *, writable: bool = True) -> None:
+        self.size = size
+        self.fd = os.memfd_create("fedwsa", os.MFD_CLOEXEC) if fd is None else fd
+        try:
+            if fd is None:
+                os.posix_fallocate(self.fd, 0, size)  # else a machine that is full would show itself as SIGBUS
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            self.memory = np.frombuffer(mmap.mmap(self.fd, size, prot=protection), np.uint8)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        weakref.finalize(self, os.close, self.fd).atexit = False
+
+
+def plan(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], int]:
+    """(offset, length) of each buffer, aligned, and the size of all."""
+    layout, end = [], 0
+    for buffer in buffers:
+        layout.append((end, buffer.nbytes))
+        end += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+    return layout, end
+
+
+def _parts(memory: NDArray[np.uint8], layout: Sequence[tuple[int, int]]) -> list[memoryview]:
+    """Views of (offset, length) each, which keep the memory alive."""
+    view = memory.data
+    return [view[offset : offset + length] for offset, length in layout]
+
+
+def write(segment: Segment, layout: Sequence[tuple[int, int]], buffers: Sequence[memoryview]) -> None:
+    """Copy buffers to their places."""
+    for (offset, length), buffer in zip(layout, buffers, strict=True):
+        segment.memory[offset : offset + length] = np.frombuffer(buffer, np.uint8)
+
+
+class _Pickler(pickle.Pickler):
+    """Numbers leave the stream: NumPy arrays by themselves, the bytes of Flower's plain arrays by this."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is Array:
+            return _array, (value.dtype, value.shape, value.stype, pickle.PickleBuffer(value.data))
+        return NotImplemented
+
+
+def _array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    return Array(dtype=dtype, shape=shape, stype=stype, data=bytes(data))
+
+
+def dumps(value: Any) -> tuple[bytes, list[memoryview]]:
+    """A pickle without its numbers, and the numbers."""
+    buffers: list[memoryview] = []
+
+    def keep(buffer: pickle.PickleBuffer) -> bool:
+        with memoryview(buffer) as view:
+            if not view.nbytes:
+                return True
+        buffers.append(buffer.raw())
+        return False
+
+    stream = BytesIO()
+    _Pickler(stream, protocol=5, buffer_callback=keep).dump(value)
+    return stream.getvalue(), buffers
+
+
+class Pool:
+    """Blocks that the server lends to workers for replies, and gets back when nobody looks at the reply any more."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Segment] = {}
+        self.free: list[int] = []
+        self.block_size = 0
+        self._next = 0
+
+    def need(self, size: int) -> None:
+        """Blocks from now on hold `size` bytes at least."""
+        if size > self.block_size:
+            self.block_size = size
+            for number in self.free:
+                del self.blocks[number]
+            self.free.clear()
+
+    def borrow(self, limit: int) -> int | None:
+        """A free block, or a new one while there are fewer than `limit`; None if the reply must do without."""
+        if self.block_size < SMALL:
+            return None
+        if self.free:
+            return self.free.pop()
+        if len(self.blocks) >= limit:
+            return None
+        try:
+            segment = Segment(self.block_size)
+        except OSError:
+            return None
+        self._next += 1
+        self.blocks[self._next] = segment
+        return self._next
+
+    def give_back(self, number: int) -> None:
+        """The block may be lent again; one that has become too small is dropped."""
+        if self.blocks[number].size < self.block_size:
+            del self.blocks[number]
+        else:
+            self.free.append(number)
+
+    def lease(self, number: int) -> NDArray[np.uint8]:
+        """The block's memory; the block is free when the last view of it dies."""
+        array = np.frombuffer(self.blocks[number].memory.data, np.uint8)
+        weakref.finalize(array, self.give_back, number).atexit = False
+        return array
+
+
+class Sent:
+    """A record as the workers get it: written once into a segment of its own, mapped by each worker."""
+
+    def __init__(self, number: int, record: ArrayRecord) -> None:
+        self.number = number
+        self.pickled, buffers = dumps(record)
+        self.layout, self.size = plan(buffers)
+        self.segment: Segment | None = None
+        self.inline: list[bytes] = []
+        try:
+            if self.size >= SMALL:
+                self.segment = Segment(self.size)
+                write(self.segment, self.layout, buffers)
+        except OSError:
+            self.segment = None
+        if self.segment is None:
+            self.inline = [bytes(buffer) for buffer in buffers]
+
+
+class ServerEnd:
+    """The server's end of the way to one worker, which answers values in the order in which they are sent."""
+
+    def __init__(self, connection: Connection, pid: int, pool: Pool) -> None:
+        self.connection = connection
+        self.pid = pid
+        self.pool = pool
+        self.records: OrderedDict[int, None] = OrderedDict()  # that the worker has
+        self.blocks: set[int] = set()  # likewise
+        self.lent: deque[int | None] = deque()  # for each answer that is due
+
+    def send(self, value: Any, records: Mapping[str, Sent], *, blocks: int = 0) -> None:
+        """A value with records to be put into it; an answer comes if `blocks`, the most that may be lent, is not 0.
+
+        Raises OSError: the worker is gone.
+        """
+        fds = []
+        pool = self.pool
+        block = pool.borrow(blocks) if blocks else None
+        if blocks:
+            self.lent.append(block)
+        new: dict[int, Any] = {}
+        for sent in records.values():
+            if sent.number not in self.records:
+                new[sent.number] = (sent.pickled, sent.layout, sent.size, sent.inline, sent.segment is not None)
+                if sent.segment is not None:
+                    fds.append(sent.segment.fd)
+                self.records[sent.number] = None
+            self.records.move_to_end(sent.number)
+        dropped = [self.records.popitem(last=False)[0] for _ in range(len(self.records) - SEEN)]
+        lent = None
+        if block is not None:
+            known = block in self.blocks
+            lent = (block, pool.blocks[block].size, known)
+            if not known:
+                fds.append(pool.blocks[block].fd)
+                self.blocks.add(block)
+        stale = self.blocks - pool.blocks.keys()
+        self.blocks -= stale
+        header = (value, {key: sent.number for key, sent in records.items()}, new, dropped, lent, stale)
+        self.connection.send_bytes(pickle.dumps(header, protocol=5))
+        for fd in fds:
+            send_handle(self.connection, fd, self.pid)
+
+    def receive(self) -> Any:
+        """The next answer. Raises EOFError or OSError: the worker is gone."""
+        pickled, layout, size, in_block = pickle.loads(self.connection.recv_bytes())
+        block = self.lent.popleft()
+        parts: list[Any]
+        if in_block:
+            assert block is not None
+            parts = _parts(self.pool.lease(block), layout)
+        else:
+            parts = [self.connection.recv_bytes() for _ in layout]
+            if block is not None:
+                self.pool.give_back(block)
+        self.pool.need(size)
+        return pickle.loads(pickled, buffers=parts)
+
+    def close(self) -> None:
+        """No answer that is still due will come."""
+        self.connection.close()
+        for block in self.lent:
+            if block is not None:
+                self.pool.give_back(block)
+        self.lent.clear()
+
+
+class WorkerEnd:
+    """The worker's end."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.records: dict[int, ArrayRecord] = {}
+        self.blocks: dict[int, Segment] = {}
+        self.block: int | None = None
+
+    def receive(self) -> tuple[Any, dict[str, ArrayRecord]]:
+        """A value and its records, each a shallow copy of its own. Raises EOFError: the server is gone."""
+        value, keys, new, dropped, lent, stale = pickle.loads(self.connection.recv_bytes())
+        for number, (pickled, layout, size, inline, mapped) in new.items():
+            parts: list[Any] = inline
+            if mapped:
+                parts = _parts(Segment(size, recv_handle(self.connection), writable=False).memory, layout)
+            self.records[number] = pickle.loads(pickled, buffers=parts)
+        for number in dropped:
+            self.records.pop(number, None)
+        for number in stale:
+            self.blocks.pop(number, None)
+        self.block = None
+        if lent is not None:
+            self.block, size, known = lent
+            if not known:
+                self.blocks[self.block] = Segment(size, recv_handle(self.connection))
+        return value, {key: self.records[number].copy() for key, number in keys.items()}
+
+    def send(self, answer: Any) -> None:
+        """An answer; its numbers go into the block that came with the value if they fit, else through the socket."""
+        pickled, buffers = dumps(answer)
+        layout, size = plan(buffers)
+        segment = None if self.block is None or not layout else self.blocks[self.block]
+        in_block = segment is not None and size <= segment.size
+        if segment is not None and in_block:
+            write(segment, layout, buffers)
+        self.connection.send_bytes(pickle.dumps((pickled, layout, size, in_block), protocol=5))
+        if not in_block:
+            for buffer in buffers:
+                self.connection.send_bytes(buffer)
+
+
+def listen(path: str) -> Callable[[float], Connection]:
+    """Listen at a path; the function returned waits for one worker, TimeoutError after so many seconds."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen()
+
+    def accept(timeout: float) -> Connection:
+        listener.settimeout(timeout)
+        accepted, _ = listener.accept()
+        accepted.setblocking(True)
+        return Connection(accepted.detach())
+
+    return accept
+
+
+def connect(path: str) -> Connection:
+    """The worker's side of `listen`. Raises OSError where the path is another machine's."""
+    caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    caller.connect(path)
+    return Connection(caller.detach())
