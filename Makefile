@@ -4,13 +4,14 @@ BIN := .venv/bin
 FASHION_MNIST := /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help setup run test check test-slow lint system-deps
+.PHONY: help setup run test check test-slow bench lint system-deps
 
 help:
 	@echo "make run          the main job: three strategies on non-IID data, a report at the end"
 	@echo "make test         linters, types, import contracts and every test but the slow ones"
 	@echo "make check        the same without the tests that start processes: under a minute"
 	@echo "make test-slow    what is longer"
+	@echo "make bench        speed against a bare PyTorch loop and Flower's own simulator"
 	@echo "make system-deps  Debian's package with the 60,000 images of Fashion-MNIST"
 
 setup:
@@ -33,6 +34,9 @@ check: lint
 
 test-slow: setup
 	@$(BIN)/pytest -m slow
+
+bench: setup
+	@$(BIN)/python -m experiments.bench
 
 system-deps:
 	@test -e $(FASHION_MNIST) || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq dataset-fashion-mnist; }

@@ -42,6 +42,10 @@ class NumpyArray(Array):
         """The numbers themselves, not to be written to."""
         return cast(NDArray[Any], self.__dict__["_array"])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the chunks that Flower keeps once it has cut the bytes: they cannot be pickled."""
+        return {key: value for key, value in self.__dict__.items() if key != "_chunks"}
+
     def deflate(self) -> bytes:
         """Flower's wire format, which names the class: so by a plain `Array`."""
         return Array(dtype=self.dtype, shape=self.shape, stype=self.stype, data=self.data).deflate()
@@ -58,6 +62,11 @@ def pack(state: Mapping[str, Tensor]) -> ArrayRecord:
 def view(array: Array) -> NDArray[Any]:
     """Numbers of any Flower `Array`, not to be written to; without a copy where the array keeps them."""
     return array.view() if isinstance(array, NumpyArray) else array.numpy()
+
+
+def as_type(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Values in another type; for integers they are rounded to the nearest."""
+    return np.asarray(values if kind.kind == "f" or values.dtype.kind != "f" else np.rint(values), dtype=kind)
 
 
 def unpack(record: Mapping[str, Array]) -> dict[str, Tensor]:
@@ -81,7 +90,5 @@ def load(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> None:
     for name, tensor in state.items():
         if tuple(tensor.shape) != record[name].shape:
             raise ValueError(f"{name}: shape {record[name].shape}, the model has {tuple(tensor.shape)}")
-        values = view(record[name])
-        if not tensor.is_floating_point() and values.dtype.kind == "f":
-            values = np.rint(values)
-        np.copyto(tensor.numpy(), values, casting="unsafe")
+        own = tensor.numpy()
+        np.copyto(own, as_type(view(record[name]), own.dtype))

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, MetricRecord
 from numpy.typing import NDArray
 
 from fedwsa import messages
-from fedwsa.arrays import NumpyArray, view
+from fedwsa.arrays import NumpyArray, as_type, view
 from fedwsa.scope import WeightScope, fuse, scope_distance
 
 SCOPE_DISTANCE = "scope-distance"
@@ -16,11 +16,6 @@ SCOPE_DISTANCE = "scope-distance"
 def weight_of(metrics: MetricRecord) -> float:
     """Number of examples behind a reply."""
     return float(metrics[messages.NUM_EXAMPLES])  # type: ignore[arg-type]
-
-
-def as_type(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
-    """Values in another type; for integers they are rounded to the nearest."""
-    return np.asarray(values if kind.kind == "f" else np.rint(values), dtype=kind)
 
 
 class MeanModel:

@@ -14,9 +14,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedwsa import messages
-from fedwsa.arrays import NumpyArray, view
+from fedwsa.arrays import NumpyArray, as_type, view
 from fedwsa.errors import RunError
-from strategies.aggregation import as_type
 from strategies.sampling import each
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type of every array of the model

@@ -13,6 +13,7 @@ from torch import Tensor
 from fedwsa import messages
 from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config
+from fedwsa.errors import RunError
 from fedwsa.run_folder import RunFolderError, StrategyFolder
 from strategies.aggregation import SCOPE_DISTANCE
 from strategies.gate import Gate
@@ -68,6 +69,7 @@ class Rounds:
 
     def run(self, initial: Mapping[str, Tensor]) -> None:
         """From round 1, or from after the last checkpoint; at the end `final.safetensors` stands."""
+        self._check_state()
         checkpoint = self.folder.resume()
         if checkpoint is None:
             last_round, arrays = 0, pack(initial)
@@ -89,6 +91,13 @@ class Rounds:
             if server_round % self.config.checkpoint_every == 0:
                 self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state())
         self.folder.save_final(unpack(arrays))
+
+    def _check_state(self) -> None:
+        """Before the first round, not at the first checkpoint."""
+        try:
+            self.strategy.state()
+        except AttributeError as error:
+            raise RunError(f"strategy {self.name}: checkpoints need its state() and load_state() ({error})") from error
 
     def _train(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         start = time.perf_counter()

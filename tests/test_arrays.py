@@ -149,6 +149,13 @@ def test_pickling_keeps_the_numbers(state):
         assert copy[name].data == saved(array)
 
 
+def test_an_array_that_was_cut_into_chunks_can_be_pickled():
+    array = NumpyArray(np.arange(3.0))
+    chunks = array.children
+    assert_same(pickle.loads(pickle.dumps(array, protocol=5)).numpy(), np.arange(3.0))
+    assert array.children == chunks
+
+
 def test_pickling_for_ray_leaves_the_numbers_where_they_are():
     array = np.arange(100_000.0)
     buffers = []

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import Pipe
 from pathlib import Path
 
 import apps
@@ -18,9 +19,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+from ray import cloudpickle
 
 from fedwsa.arrays import NumpyArray
 from fedwsa.simulation import open_engine, simulate
+from fedwsa.simulation.engine import Job, Population
+from fedwsa.simulation.shared_memory import Pool, ServerEnd, WorkerEnd
+from fedwsa.simulation.worker import Worker
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
 
@@ -122,17 +127,26 @@ class Alone:
     there: set[int]
     models_there: list[list[float]]
     bits: dict[str, str]
+    after_a_death: set[int]
     processes: set[int]
     random_kept: bool = False  # through closing
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(tmp_path_factory):
     """`start_here`: the first messages are answered in this process, until the worker is there."""
     earlier = descendants(os.getpid())
 
     def main(grid):
         return set(values(grid.send_and_receive(messages(grid)), "pid"))
+
+    server, died = os.getpid(), tmp_path_factory.mktemp("alone") / "died"
+
+    def dies_once(message, context):
+        if os.getpid() != server and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return reply(message, pid=os.getpid())
 
     def quickstart(engine):
         return federate(descend, apps.quickstart_train, CLIENTS, engine, **{"local-epochs": 2})
@@ -145,6 +159,7 @@ def alone():
             there=wait_until(lambda: federate(main, who, 2, engine) - {os.getpid()}, seconds=50, pause=0.2),
             models_there=quickstart(engine),
             bits={name: bits(app, engine) for name, app in APPS.items()},
+            after_a_death=federate(main, dies_once, 1, engine),
             processes=descendants(os.getpid()) - earlier,
         )
         state = random.getstate()
@@ -184,8 +199,14 @@ def test_two_workers_give_the_bits_of_this_process(engine, name):
 def test_start_here_begins_in_this_process_and_moves_to_the_worker(alone):
     assert alone.here == {os.getpid()}
     assert len(alone.there) == 1
-    assert alone.there <= alone.processes
+    assert os.getpid() not in alone.there
     assert alone.models_here == alone.models_there
+
+
+def test_a_client_whose_worker_died_does_not_come_into_this_process(alone):
+    """It could kill it too."""
+    assert alone.after_a_death
+    assert os.getpid() not in alone.after_a_death
 
 
 def test_closing_leaves_no_process_behind(alone):
@@ -249,6 +270,40 @@ def test_a_message_arrives_as_it_was_sent(engine):
     assert told == expected
     assert {each["object"] for each in told} == {object_id}
     assert told[0]["sums"] == [10.0, 180_000.0]
+
+
+@pytest.mark.parametrize("size", [1, 5000], ids=["small", "large"])
+def test_a_message_may_carry_many_array_records(engine, size):
+    def client(message, context):
+        sums = [float(array.numpy().sum()) for record in message.content.values() for array in record.values()]
+        return reply(message, value=sums)
+
+    def main(grid):
+        content = RecordDict({str(k): ArrayRecord([np.full(size, float(k))]) for k in range(20)})
+        return values(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))
+
+    assert federate(main, client, 4, engine) == [[float(size * k) for k in range(20)]] * 4
+
+
+def test_what_a_client_changes_in_its_message_reaches_nobody_else(engine):
+    def client(message, context):
+        arrays = message.content["arrays"]
+        told = reply(message, value=message.content.object_id)
+        for array in arrays.values():
+            array.data = Array(np.ones(1)).data
+        arrays["new"] = arrays.pop("ours")
+        message.content["config"]["sizes"].append(3)
+        return told
+
+    def main(grid):
+        arrays = ArrayRecord({"flowers": Array(np.arange(5000.0))})
+        arrays["ours"] = NumpyArray(np.arange(5000.0))
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"sizes": [1, 2]})})
+        sent = [Message(content, node, "train") for node in grid.get_node_ids()]
+        return set(values(grid.send_and_receive(sent))), content.object_id
+
+    told, object_id = federate(main, client, 8, engine)
+    assert told == {object_id}
 
 
 def test_each_round_brings_the_model_of_that_round(engine):
@@ -501,3 +556,49 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_why(monkeypatch):
     ):
         pass
     assert ended
+
+
+# ---- the connection to a worker, both ends in this process
+
+
+def test_a_worker_that_cannot_send_its_answer_closes_the_connection():
+    class Odd(Array):
+        """A class that only this function knows."""
+
+    worker, pool = Worker(threads=1), Pool()
+    ours, worker.connection = Pipe()
+    end = ServerEnd(ours, os.getpid(), pool)
+    client = ClientApp()
+
+    @client.train()
+    def train(message, context):
+        context.state["odd"] = ArrayRecord()
+        context.state["odd"]["odd"] = Odd(np.zeros(1))
+        return reply(message, value=0)
+
+    message = Message(RecordDict(), 1000, "train")
+    end.send((cloudpickle.dumps(Population(client, 1, {})), []), {})
+    end.send(Job(message, 0, RecordDict()), {}, blocks=1)
+    with pytest.raises(AttributeError, match="Can't pickle local object"):
+        worker.serve()
+    with pytest.raises(EOFError):
+        end.receive()
+
+
+def test_memory_lent_to_a_worker_that_was_given_up_is_not_lent_again():
+    """It may be writing its answer there."""
+    pool = Pool()
+    pool.need(1 << 20)
+
+    def borrow():
+        ours, theirs = Pipe()
+        server, worker = ServerEnd(ours, os.getpid(), pool), WorkerEnd(theirs)
+        server.send("a value", {}, blocks=1)
+        assert worker.receive() == ("a value", {})
+        return server, worker.blocks[worker.block].memory
+
+    server, given_up = borrow()
+    server.close()
+    _, other = borrow()
+    given_up[:] = 7
+    assert other.max() == 0

@@ -254,7 +254,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     yield path
-    subprocess.run(["umount", path], check=True)
+    subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def test_full_disk(small_disk: Path, undisturbed: Path) -> None:
@@ -293,6 +293,22 @@ def in_terminal(arguments: list[str], cwd: Path, columns: int) -> tuple[int, str
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
+def screen(written: str) -> list[str]:
+    """What a terminal shows in the end: it knows new lines, one line up, and erasing a line."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\x1b\r":
+            lines[row] += part  # all here are written from the left, into an erased line
+    return [line.rstrip() for line in lines]
+
+
 def test_terminal(tmp_path: Path) -> None:
     arguments = [str(FEDWSA), "run", *SMALL, "--engine=inprocess", "--seed=0,1", "--out=run"]
     status, written = in_terminal(arguments, tmp_path, columns=80)
@@ -306,12 +322,12 @@ def test_terminal(tmp_path: Path) -> None:
     assert not any("ETA" in line for line in frames if "all rounds" not in line)
     last = ESCAPES.sub("", written[written.rindex("━", 0, written.index("\x1b[?25h")) :])
     assert "seed 0: fedavg" not in last  # no bar of the federation that had ended
-    shown = [line for line in shown if line]
-    table = shown[next(number for number, line in enumerate(shown) if "final accuracy (%)" in line) :]
-    assert all(len(line) <= 80 for line in table)
-    assert not any("…" in line for line in table)
-    assert [line.split()[0] for line in table if line.startswith(STRATEGIES)] == list(STRATEGIES)
-    assert table[-1] == "report: run/report.html"
+    left = [line for line in screen(written) if line]
+    assert left[0] == "run folder: run"
+    assert left[1].startswith("main: final accuracy (%), mean")  # the bars are gone
+    assert left[-1] == "report: run/report.html"
+    assert [line.split()[0] for line in left if line.startswith(STRATEGIES)] == list(STRATEGIES)
+    assert all(len(line) <= 80 and "…" not in line for line in left)
 
 
 @pytest.mark.slow

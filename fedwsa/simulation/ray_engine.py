@@ -111,7 +111,7 @@ class RayEngine:
     def collect(self, timeout: float | None) -> list[Answer]:
         """See Engine."""
         self._adopt()
-        if self._here and self._queue and not any(actor.link for actor in self._actors):
+        if self._here and self._queue:
             self._here.submit(self._queue.popleft().job)
             return self._here.collect(timeout)
         if not self._queue and not any(actor.jobs for actor in self._actors):
@@ -207,6 +207,7 @@ class RayEngine:
                 raise RuntimeError(f"Ray did not start: {news}") from news
             actor, link = news
             actor.link = link
+            self._here = None  # for good: a client whose worker dies must not come into this process
             if self._packed:
                 link.begin(self._packed, _path())
         self._dispatch()

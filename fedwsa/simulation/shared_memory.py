@@ -188,7 +188,8 @@ class ServerEnd:
                     fds.append(sent.segment.fd)
                 self.records[sent.number] = None
             self.records.move_to_end(sent.number)
-        dropped = [self.records.popitem(last=False)[0] for _ in range(len(self.records) - SEEN)]
+        keep = max(SEEN, len(records))
+        dropped = [self.records.popitem(last=False)[0] for _ in range(len(self.records) - keep)]
         lent = None
         if block is not None:
             known = block in self.blocks
@@ -219,11 +220,11 @@ class ServerEnd:
         return pickle.loads(pickled, buffers=parts)
 
     def close(self) -> None:
-        """No answer that is still due will come."""
+        """No answer that is still due will come. The worker may write one yet: its blocks are not lent again."""
         self.connection.close()
         for block in self.lent:
             if block is not None:
-                self.pool.give_back(block)
+                del self.pool.blocks[block]
         self.lent.clear()
 
 
@@ -237,7 +238,7 @@ class WorkerEnd:
         self.block: int | None = None
 
     def receive(self) -> tuple[Any, dict[str, ArrayRecord]]:
-        """A value and its records, each a shallow copy of its own. Raises EOFError: the server is gone."""
+        """A value and its records, which other values may share. Raises EOFError: the server is gone."""
         value, keys, new, dropped, lent, stale = pickle.loads(self.connection.recv_bytes())
         for number, (pickled, layout, size, inline, mapped) in new.items():
             parts: list[Any] = inline
@@ -253,7 +254,7 @@ class WorkerEnd:
             self.block, size, known = lent
             if not known:
                 self.blocks[self.block] = Segment(size, recv_handle(self.connection))
-        return value, {key: self.records[number].copy() for key, number in keys.items()}
+        return value, {key: self.records[number] for key, number in keys.items()}
 
     def send(self, answer: Any) -> None:
         """An answer; its numbers go into the block that came with the value if they fit, else through the socket."""

@@ -9,7 +9,7 @@ import torch
 from flwr.app import ArrayRecord, Error, Message
 from ray import cloudpickle
 
-from fedwsa.simulation.engine import Answer, Job, Population, answer, identify
+from fedwsa.simulation.engine import Answer, Job, Population, answer, identify, snapshot
 from fedwsa.simulation.shared_memory import WorkerEnd, connect
 
 LOAD_CLIENT_APP = 1  # Flower's error code
@@ -46,6 +46,8 @@ class Worker:
                     self.begin(*value)
         except (EOFError, OSError):
             return
+        finally:
+            self.connection.close()  # whatever ends this, the server must see that no answer comes
 
     def begin(self, packed: bytes, path: list[str]) -> None:
         """The next jobs are for this pickled population; `path` is where the server finds its modules."""
@@ -56,7 +58,7 @@ class Worker:
         """Answer one job, whose array records travelled by themselves."""
         torch.set_num_threads(self.threads)
         for key, record in zip(keys, records, strict=True):
-            job.message.content[key] = record
+            job.message.content[key] = snapshot(record)
         try:
             if self.population is None:
                 self.population = cloudpickle.loads(self.packed)
