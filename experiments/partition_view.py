@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments import figures
-from experiments.results import write_atomically
+from fedwsa import files
 
 MAX_CLIENTS = 40
 MAX_CLASS_COLUMNS = 10
@@ -49,7 +49,7 @@ def write_partition_picture(label_counts: Sequence[Sequence[int]], title: str, p
     form = path.suffix.lower().removeprefix(".")
     if form not in ("svg", "png"):
         raise ValueError(f"a partition is drawn as .svg or .png, got {path.name!r}; choose one of these suffixes")
-    write_atomically(path, figures.draw_partition(label_counts, title, form))
+    files.replace(path, figures.draw_partition(label_counts, title, form))
 
 
 def _largest(row: "np.ndarray[tuple[int], np.dtype[np.int64]]", shown: int = 4) -> str:

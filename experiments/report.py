@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.results import Run, read_run, write_atomically
+from experiments.results import Run, read_run
 from experiments.table import Cells, difference_cells, summary_cells
+from fedwsa import files
 
 PHASES = {"train": "training", "evaluate-clients": "evaluation on clients"}
 
@@ -39,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
         config=(run_dir / "config.toml").read_text(encoding="utf-8"),
     )
     path = run_dir / "report.html"
-    write_atomically(path, page.encode())
+    files.replace(path, page.encode())
     return path
 
 
@@ -50,7 +51,7 @@ def write_accuracy(run_dir: Path, picture: Path) -> None:
     svg = figures.accuracy_figure(read_run(run_dir))
     if svg is None:
         raise ValueError(f"{run_dir}: no evaluation to draw yet")
-    write_atomically(picture, svg.encode())
+    files.replace(picture, svg.encode())
 
 
 def _page_colours(svg: str) -> str:

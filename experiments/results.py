@@ -5,7 +5,6 @@ Everything that is shown of a run is drawn from these files alone, so that it ca
 
 import json
 import math
-import os
 import re
 import statistics
 import tomllib
@@ -227,16 +226,6 @@ def paired_differences(run: Run) -> list[Difference]:
                 mean, half_width = mean_interval([s.final_accuracy - reference[s.seed] for s in paired])
                 differences.append(Difference(alpha, strategy, baseline, len(paired), mean, half_width))
     return differences
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file at once: a reader sees the old content or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _parse(line: bytes, path: Path, number: int) -> Event:

@@ -7,7 +7,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from fedwsa import files
 from fedwsa.config import Config
 from fedwsa.errors import RunError, UsageError
 
@@ -36,23 +36,12 @@ class FolderInUseError(UsageError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """All of `content` or nothing: a temporary file beside `path`, synced, then renamed over it.
-
-    Raises RunFolderError (a full disk, no permission); then `path` is what it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """`files.replace` in a folder that is made where it is not there; RunFolderError instead of OSError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        files.replace(path, content)
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def discard_leftovers(folder: Path) -> None:

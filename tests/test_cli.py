@@ -17,7 +17,7 @@ from helpers import require_fashion_mnist
 from rich.console import Console
 
 from experiments import cli, display
-from fedwsa import config
+from fedwsa import config, files
 from fedwsa.config import Config
 from fedwsa.data import fashion_mnist
 from fedwsa.run_folder import claim, sha256
@@ -436,11 +436,15 @@ def test_full_disk_at_a_checkpoint(
 
 @pytest.mark.usefixtures("with_report")
 def test_full_disk_at_the_report(fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = files.replace
+
     def write(path: Path, content: bytes) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if path.name == "report.html":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.report.write_atomically", write)
+        patch.setattr(files, "replace", write)
         outcome = fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine")
         (line,) = said(outcome)
         assert outcome.status == 1

@@ -19,7 +19,6 @@ from experiments.results import (
     read_events,
     read_run,
     summarize,
-    write_atomically,
 )
 from experiments.table import decimal_column, difference_cells, summary_cells, summary_table
 
@@ -359,19 +358,3 @@ def test_a_partition_picture_is_the_same_bytes_each_time(suffix: str, magic: byt
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.svg or \.png"):
         write_partition_picture([[1]], "t", tmp_path / "p.pdf")
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "report.html"
-    write_atomically(path, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

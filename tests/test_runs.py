@@ -146,9 +146,10 @@ def kill(command: Command) -> None:
 
 
 def check_all_gone(processes: dict[int, str], driver: int) -> None:
-    deadline = time.monotonic() + 10
+    """Within about 10 s, twice that where the machine is busy; Ray's agents alone would take 60."""
+    deadline = time.monotonic() + 20
     while left := survivors(processes, driver):
-        assert time.monotonic() < deadline, f"still there after 10 s: {left}"
+        assert time.monotonic() < deadline, f"still there after 20 s: {left}"
         time.sleep(0.05)
 
 
