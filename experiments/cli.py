@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # of 60, which Ray's agents outlive a kill -9 by
 
 import typer
 from rich.console import Console

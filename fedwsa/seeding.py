@@ -1,7 +1,13 @@
 """One stream of random numbers per purpose, so that a draw added in one place moves nothing elsewhere."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 PURPOSES = (  # append only: a purpose's position is part of its seed
     "server-split",
@@ -27,4 +33,6 @@ def torch_seed(seed: int, purpose: str, server_round: int = 0, partition_id: int
 
 def torch_generator(seed: int, purpose: str, server_round: int = 0, partition_id: int = 0) -> torch.Generator:
     """CPU generator of PyTorch, seeded by `torch_seed`."""
+    import torch  # here, since the splits of the data need none of it
+
     return torch.Generator().manual_seed(torch_seed(seed, purpose, server_round, partition_id))

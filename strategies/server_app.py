@@ -56,7 +56,7 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
 
 def _keep_config(folder: Path, config: Config) -> None:
     """Write it down; a run that stands in the folder is gone on with if it has this config, and never replaced."""
-    content = config.to_toml().encode()
+    content = config.model_copy(update={"out_dir": ""}).to_toml().encode()  # so that it can be repeated elsewhere
     if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != content:
         raise FolderInUseError(f"{folder}: holds a run of another config; choose another out-dir")
     write_atomically(folder / CONFIG, content)

@@ -56,6 +56,7 @@ def final_accuracies(config: Config, folder) -> dict[str, float]:
     return {name: event["metrics"]["accuracy"] for name, event in last.items()}
 
 
+@pytest.mark.process
 def test_digits_are_learned_as_by_one_machine(tmp_path):
     central, federated = central_accuracy(ALIKE), final_accuracies(ALIKE, tmp_path)
     assert central > 0.95

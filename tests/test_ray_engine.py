@@ -23,7 +23,8 @@ from ray import cloudpickle
 
 from fedwsa.arrays import NumpyArray
 from fedwsa.simulation import open_engine, simulate
-from fedwsa.simulation.engine import Job, Population
+from fedwsa.simulation.engine import Job, Population, snapshot
+from fedwsa.simulation.links import Recent
 from fedwsa.simulation.shared_memory import Pool, ServerEnd, WorkerEnd
 from fedwsa.simulation.worker import Worker
 
@@ -306,6 +307,22 @@ def test_what_a_client_changes_in_its_message_reaches_nobody_else(engine):
     assert told == {object_id}
 
 
+def test_replies_that_the_server_keeps_stay_as_they_came(engine):
+    """They lie in memory that is lent for the next ones when nobody looks at these any more."""
+
+    def client(message, context):
+        arrays = ArrayRecord()
+        number = message.content["config"]["number"] + context.node_config["partition-id"]
+        arrays["weight"] = NumpyArray(np.full(5000, float(number)))
+        return Message(RecordDict({"arrays": arrays}), reply_to=message)
+
+    def main(grid):
+        kept = [each for n in (0, 100, 200) for each in grid.send_and_receive(messages(grid, number=n))]
+        return [set(each.content["arrays"]["weight"].numpy().tolist()) for each in kept]
+
+    assert federate(main, client, 20, engine) == [{n + k} for n in (0.0, 100.0, 200.0) for k in range(20)]
+
+
 def test_each_round_brings_the_model_of_that_round(engine):
     """Whether the ServerApp makes a new record, puts a new array into it, new bytes, or another name."""
 
@@ -526,20 +543,20 @@ def test_giving_a_message_up_leaves_the_others_of_its_worker_alone(engine):
 
 
 def test_a_run_gets_nothing_of_the_one_before_on_the_same_engine(engine):
-    def slow(message, context):
-        time.sleep(0.2)
-        return reply(message, value="old")
+    def client(message, context):
+        time.sleep(message.content["config"]["seconds"])
+        return reply(message, value=message.content["config"]["run"])
 
     def leave(grid):
-        next(iter(grid.send_and_receive(messages(grid))))
+        next(iter(grid.send_and_receive(messages(grid, run="old", seconds=0.2))))
         raise ZeroDivisionError
 
     def main(grid):
-        return values(grid.send_and_receive(messages(grid)))
+        return values(grid.send_and_receive(messages(grid, run="new", seconds=0.0)))
 
     with pytest.raises(ZeroDivisionError):
-        federate(leave, slow, 16, engine)
-    assert federate(main, who, 16, engine) == list(range(16))
+        federate(leave, client, 16, engine)
+    assert federate(main, client, 16, engine) == ["new"] * 16
 
 
 def test_a_ray_that_does_not_start_is_an_error_that_says_why(monkeypatch):
@@ -602,3 +619,13 @@ def test_memory_lent_to_a_worker_that_was_given_up_is_not_lent_again():
     _, other = borrow()
     given_up[:] = 7
     assert other.max() == 0
+
+
+def test_numbers_that_were_sent_a_moment_ago_are_not_prepared_again():
+    record = ArrayRecord({"flowers": Array(np.zeros(3))})
+    record["ours"] = NumpyArray(np.zeros(3))
+    recent, made = Recent(), []
+    for sent in (record, snapshot(record), snapshot(record)):
+        assert recent.of(sent, lambda each: made.append(each) or len(made)) == 1
+    record["ours"] = NumpyArray(np.zeros(3))
+    assert recent.of(record, lambda each: 2) == 2

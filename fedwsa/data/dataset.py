@@ -1,12 +1,15 @@
-"""What every data set is in memory."""
+"""What every data set is in memory. PyTorch is imported where tensors are asked for: a partition needs none."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DataError(ValueError):
@@ -67,10 +70,14 @@ class Dataset:
 
     def train_tensors(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Copy the training samples `indices`: (float32 [n, C, H, W] normalised, int64 [n])."""
+        import torch
+
         return self._normalised(self.train_images[indices]), torch.from_numpy(self.train_labels[indices])
 
     def test_tensors(self) -> tuple[Tensor, Tensor]:
         """Copy the whole test split: (float32 [N, C, H, W] normalised, int64 [N])."""
+        import torch
+
         return self._normalised(self.test_images), torch.from_numpy(self.test_labels.copy())
 
     def _normalised(self, images: NDArray[np.uint8]) -> Tensor:
@@ -78,6 +85,8 @@ class Dataset:
         pixels = images.astype(np.float32)
         pixels -= (self.scale * self.mean).astype(np.float32)[:, None, None]
         pixels /= (self.scale * self.std).astype(np.float32)[:, None, None]
+        import torch
+
         return torch.from_numpy(pixels)
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 costs a fifth of the speed
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # of 60, which Ray's agents outlive a kill -9 by
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on machines without a GPU
 
 import ray
 from flwr.app import Error, Message
 from ray import cloudpickle
 
+from fedwsa.errors import RunError
 from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Job, Population
 from fedwsa.simulation.links import Link, ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
 from fedwsa.simulation.shared_memory import listen
@@ -200,11 +202,11 @@ class RayEngine:
         os.write(self._wake_writer, b".")
 
     def _adopt(self) -> None:
-        """Take over the actors that have come up. Raises RuntimeError if one does not come up."""
+        """Take over the actors that have come up. Raises RunError if one does not come up."""
         while not self._started.empty():
             news = self._started.get()
             if isinstance(news, Exception):
-                raise RuntimeError(f"Ray did not start: {news}") from news
+                raise RunError(f"Ray did not start: {news}") from news
             actor, link = news
             actor.link = link
             self._here = None  # for good: a client whose worker dies must not come into this process
