@@ -72,6 +72,17 @@ def test_fashion_mnist_is_learned_as_by_one_machine(tmp_path):
     assert central - federated["fedavg"] <= 0.02, (federated, central)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_fashion_mnist_is_learned_by_every_strategy(tmp_path):
+    helpers.require_fashion_mnist()
+    config = FASHION_MNIST.model_copy(update={"strategies": NAMES, "rounds": 15})
+    central, federated = central_accuracy(config), final_accuracies(config, tmp_path)
+    assert central > 0.85
+    for name, accuracy in federated.items():
+        assert central - accuracy <= 0.02, (name, federated, central)
+
+
 def test_strategies_differ_on_unlike_data(tmp_path):
     config = ALIKE.model_copy(update={"alpha": (0.1,), "rounds": 3, "local_epochs": 1})
     run(config, tmp_path)
