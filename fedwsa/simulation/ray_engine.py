@@ -261,9 +261,9 @@ class RayEngine:
         ready = [actor for actor in self._actors if actor.link]
         while self._queue and ready:
             actor = min(ready, key=lambda candidate: len(candidate.jobs))
-            sent = max(self._queue, key=self._length)
             if len(actor.jobs) >= DEPTH:
                 return
+            sent = max(self._queue, key=self._length)
             assert actor.link is not None
             if not actor.link.send(sent.job, busy=bool(actor.jobs), limit=BLOCKS * self._workers):
                 return
