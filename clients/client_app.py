@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -14,7 +14,7 @@ from fedwsa.arrays import load, pack
 from fedwsa.config import Config, from_run_config
 from fedwsa.evaluation import evaluate
 from fedwsa.scope import measure
-from fedwsa.seeding import torch_generator, torch_seed
+from fedwsa.seeding import torch_seed
 
 app = ClientApp()
 
@@ -29,19 +29,13 @@ def train_message(message: Message, context: Context) -> Message:
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.training[client])
     model = _model_with(message, config, holdings)
-    settings = message.content.config_records[messages.CONFIG]
+    settings = messages.config_of(message)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
-    seed = config.seed[0]
+    own_seed = torch_seed(config.seed[0], "client", server_round, client)
     with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
-        torch.default_generator.manual_seed(torch_seed(seed, "client", server_round, client))
-        loss = train(
-            model,
-            images,
-            labels,
-            config,
-            torch_generator(seed, "client", server_round, client),
-            messages.unpack_alignment(settings),
-        )
+        torch.default_generator.manual_seed(own_seed)
+        order = torch.Generator().manual_seed(own_seed)
+        loss = train(model, images, labels, config, order, messages.unpack_alignment(settings))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss})
     metrics.update(messages.pack_scope(measure(state)))
@@ -64,7 +58,7 @@ def evaluate_message(message: Message, context: Context) -> Message:
 
 def _identity(message: Message, context: Context) -> tuple[Config, int]:
     """The config, with as many clients as the network has, and which of them this is."""
-    messages.check_version(message.content.config_records[messages.CONFIG])
+    messages.check_version(messages.config_of(message))
     try:
         client, clients = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     except KeyError as error:
@@ -87,7 +81,6 @@ def _model(name: str, input_shape: tuple[int, int, int], num_classes: int) -> nn
 
 
 def _model_with(message: Message, config: Config, holdings: Federation) -> nn.Module:
-    arrays: ArrayRecord = message.content.array_records[messages.ARRAYS]
     model = _model(config.model, holdings.dataset.input_shape, holdings.dataset.num_classes)
-    load(model.state_dict(), arrays)
+    load(model.state_dict(), messages.arrays_of(message))
     return model

@@ -31,7 +31,8 @@ def train(
     regularizer = _regularizer(model, alignment)
     total, steps = torch.zeros(()), 0
     for _ in range(config.local_epochs):
-        for batch in torch.split(torch.randperm(len(labels), generator=generator), config.batch_size):
+        order = torch.randperm(len(labels), generator=generator)
+        for batch in torch.split(order, config.batch_size):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             for parameter in parameters:
                 parameter.grad = None
@@ -64,12 +65,16 @@ def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRe
 
 @torch.no_grad()
 def _sgd_step(parameters: list[Tensor], buffers: list[Tensor | None], config: Config) -> None:
-    pairs = [(p, i) for i, p in enumerate(parameters) if p.grad is not None]
-    used: list[Tensor | None] = [buffers[i] for _, i in pairs]
+    used = [(i, parameter, parameter.grad) for i, parameter in enumerate(parameters) if parameter.grad is not None]
+    weights, gradients = [weight for _, weight, _ in used], [gradient for _, _, gradient in used]
+    if config.momentum == 0 and config.weight_decay == 0:  # what PyTorch's would do too, without its overhead
+        torch._foreach_add_(weights, gradients, alpha=-config.learning_rate)
+        return
+    momenta: list[Tensor | None] = [buffers[i] for i, _, _ in used]
     sgd(
-        [p for p, _ in pairs],
-        [p.grad for p, _ in pairs if p.grad is not None],
-        used,
+        weights,
+        gradients,
+        momenta,
         foreach=True,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
@@ -78,5 +83,5 @@ def _sgd_step(parameters: list[Tensor], buffers: list[Tensor | None], config: Co
         nesterov=False,
         maximize=False,
     )
-    for (_, i), buffer in zip(pairs, used, strict=True):
-        buffers[i] = buffer
+    for (i, _, _), momentum in zip(used, momenta, strict=True):
+        buffers[i] = momentum

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedwsa import arrays as flower_arrays
 from fedwsa.scope import WeightScope
@@ -83,14 +83,27 @@ def pack_scope(scope: WeightScope) -> dict[str, list[float]]:
     return {SCOPE_MEANS: scope.means.tolist(), SCOPE_VARIANCES: scope.variances.tolist()}
 
 
-def take_scope(metrics: MutableMapping[str, Any], names: tuple[str, ...]) -> WeightScope | None:
-    """Take a reply's scope out of its metrics; None where it has none, or numbers that are no scope of `names`."""
+def take_scope(metrics: MutableMapping[str, Any], layers: int) -> tuple[list[float], list[float]] | None:
+    """Take a reply's scope out of its metrics: means and variances of so many layers; None where it has none such."""
     means, variances = metrics.pop(SCOPE_MEANS, None), metrics.pop(SCOPE_VARIANCES, None)
-    if not (isinstance(means, list) and isinstance(variances, list) and len(means) == len(variances) == len(names)):
+    if not (isinstance(means, list) and isinstance(variances, list) and len(means) == len(variances) == layers):
         return None
-    if any(variance < 0 for variance in variances):
-        return None
-    return WeightScope(names, torch.tensor(means, dtype=torch.float64), torch.tensor(variances, dtype=torch.float64))
+    return None if any(variance < 0 for variance in variances) else (means, variances)
+
+
+def arrays_of(message: Message) -> ArrayRecord:
+    """The model in a message that has one."""
+    return cast(ArrayRecord, message.content[ARRAYS])
+
+
+def config_of(message: Message) -> ConfigRecord:
+    """What the server says."""
+    return cast(ConfigRecord, message.content[CONFIG])
+
+
+def metrics_of(message: Message) -> MetricRecord:
+    """What a client says."""
+    return cast(MetricRecord, message.content[METRICS])
 
 
 def check_version(config: ConfigRecord) -> None:

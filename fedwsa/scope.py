@@ -17,6 +17,9 @@ VARIANCE_FUSIONS = ("mean", "mixture", "independent", "merged")
 SMALLEST_VARIANCE = torch.finfo(torch.float64).tiny
 """A smaller variance counts as zero, because its reciprocal would overflow."""
 
+CLOSE = 0.9
+"""Share of the mean square that μ² may have where σ² is taken as the difference of the two: a digit is lost at most."""
+
 _Number = TypeVar("_Number", float, Tensor)
 
 
@@ -47,7 +50,8 @@ class WeightScope:
                     f"{field} must be a float64 CPU vector of length {len(self.names)}, one number per name, "
                     f"got {vector.dtype} {list(vector.shape)} on {vector.device}"
                 )
-        if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
+        if len(set(self.names)) < len(self.names):
+            repeated = sorted({name for name in self.names if self.names.count(name) > 1})
             raise ValueError(f"layer names must be unique, repeated: {repeated}")
         if negative := [name for name, value in zip(self.names, self.variances.tolist(), strict=True) if value < 0]:
             raise ValueError(f"variances must be >= 0, negative in layers {negative}")
@@ -68,13 +72,17 @@ def moments(tensor: Tensor) -> tuple[float, float]:
     A constant tensor has variance 0 exactly. NaN or infinite if an element is.
     """
     values = tensor.detach().to("cpu", torch.float64).reshape(-1)
-    if values.numel() == 0:
+    n = values.numel()
+    if n == 0:
         return 0.0, 0.0
+    mean, square = values.sum().item() / n, torch.dot(values, values).item() / n
+    if mean * mean < CLOSE * square < math.inf:  # else the difference would lose too many digits
+        return mean, square - mean * mean
     # Counting from the first element, not from 0, keeps rounding from giving a constant layer a variance.
     deviations = values - values[0]
-    mean = deviations.mean()
-    deviations -= mean
-    return (values[0] + mean).item(), (torch.dot(deviations, deviations) / values.numel()).item()
+    shift = deviations.mean()
+    deviations -= shift
+    return (values[0] + shift).item(), (torch.dot(deviations, deviations) / n).item()
 
 
 def measure(tensors: Mapping[str, Tensor], is_layer: LayerPredicate = is_layer) -> WeightScope:
@@ -100,11 +108,11 @@ def check_same_layers(scope: WeightScope, target: WeightScope) -> None:
 def degenerate(scope: WeightScope, target: WeightScope) -> Tensor:
     """Layers without a usable Gaussian on either side: σ = 0, as a single weight has, or not finite. Bool [L]."""
     check_same_layers(scope, target)
-    return ~(_usable(scope) & _usable(target))
+    return ~(_usable(scope.means, scope.variances) & _usable(target.means, target.variances))
 
 
-def _usable(scope: WeightScope) -> Tensor:
-    return scope.means.isfinite() & scope.variances.isfinite() & (scope.variances >= SMALLEST_VARIANCE)
+def _usable(means: Tensor, variances: Tensor) -> Tensor:
+    return means.isfinite() & variances.isfinite() & (variances >= SMALLEST_VARIANCE)
 
 
 def kl_divergence(scope: WeightScope, target: WeightScope) -> Tensor:
@@ -112,10 +120,16 @@ def kl_divergence(scope: WeightScope, target: WeightScope) -> Tensor:
 
     ln(σ_t/σ) + (σ² + (μ − μ_t)²)/(2σ_t²) − 1/2
     """
-    left_out = degenerate(scope, target)
-    ratio = scope.variances / target.variances
-    shift = (scope.means - target.means).square() / target.variances
-    return (0.5 * (ratio - 1 - ratio.log() + shift)).masked_fill(left_out, 0)
+    check_same_layers(scope, target)
+    return _kl(scope.means, scope.variances, target)
+
+
+def _kl(means: Tensor, variances: Tensor, target: WeightScope) -> Tensor:
+    """`kl_divergence` for scopes [L] or several at once, [K, L]."""
+    usable = _usable(means, variances) & _usable(target.means, target.variances)
+    ratio = variances / target.variances
+    shift = (means - target.means).square() / target.variances
+    return (0.5 * (ratio - 1 - ratio.log() + shift)).masked_fill(~usable, 0)
 
 
 def fuse(
@@ -159,7 +173,10 @@ def scope_distance(scopes: Sequence[WeightScope], weights: Sequence[float], fuse
     Weights as for `fuse`, with the same errors.
     """
     shares = _shares(scopes, weights)
-    return (shares * torch.stack([kl_divergence(scope, fused) for scope in scopes])).sum(0)
+    for scope in scopes:
+        check_same_layers(scope, fused)
+    means, variances = (torch.stack([getattr(scope, field) for scope in scopes]) for field in ("means", "variances"))
+    return (shares * _kl(means, variances, fused)).sum(0)
 
 
 def _shares(scopes: Sequence[WeightScope], weights: Sequence[float]) -> Tensor:

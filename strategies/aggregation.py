@@ -1,9 +1,10 @@
-"""Running sums over replies, in the order in which they are added."""
+"""Sums over replies. What is summed can be done in parts and put together, by `fedwsa.simulation.folding`."""
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fedwsa import messages
@@ -25,30 +26,58 @@ class MeanModel:
     """
 
     def __init__(self) -> None:
-        self.sums: dict[str, NDArray[np.float64]] = {}
-        self.types: dict[str, np.dtype[Any]] = {}
+        self.layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and type by name
+        self.sums: NDArray[np.float64] = np.empty(0)  # all arrays after each other
         self.weight = 0.0
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:
         """Raises ValueError naming what differs, where names or shapes do."""
-        if self.sums and (unlike := self.sums.keys() ^ arrays.keys()):
+        values = {name: view(array) for name, array in arrays.items()}
+        one = MeanModel()
+        one.layout = {name: (value.shape, value.dtype) for name, value in values.items()}
+        one.sums = np.empty(sum(value.size for value in values.values()))
+        one.weight = weight
+        start = 0
+        for value in values.values():
+            part = one.sums[start : start + value.size].reshape(value.shape)
+            np.multiply(value, weight, out=part, dtype=np.float64)
+            start += value.size
+        self.merge(one)
+
+    def merge(self, later: Self) -> None:
+        """Take over what another has summed; it is not used again. Raises ValueError as `add`."""
+        if not later.layout:
+            return
+        if not self.layout:
+            self.layout, self.sums, self.weight = later.layout, later.sums, later.weight
+            return
+        if unlike := self.layout.keys() ^ later.layout.keys():
             raise ValueError(f"array names differ: {sorted(unlike)}")
-        for name, array in arrays.items():
-            values = view(array)
-            if name not in self.sums:
-                self.sums[name] = np.zeros(values.shape)
-                self.types[name] = values.dtype
-            if values.shape != self.sums[name].shape:
-                raise ValueError(f"{name}: shape {values.shape}, others have {self.sums[name].shape}")
-            self.sums[name] += np.multiply(values, weight, dtype=np.float64)
-        self.weight += weight
+        for name, (shape, _) in later.layout.items():
+            if shape != self.layout[name][0]:
+                raise ValueError(f"{name}: shape {shape}, others have {self.layout[name][0]}")
+        self.sums += later.sums if list(self.layout) == list(later.layout) else later.ordered(list(self.layout))
+        self.weight += later.weight
+
+    def ordered(self, names: list[str]) -> NDArray[np.float64]:
+        """The sums with the arrays in another order."""
+        parts = self._parts()
+        return np.concatenate([parts[name].ravel() for name in names])
 
     def record(self) -> ArrayRecord:
         """The mean of what was added."""
-        record = ArrayRecord()
-        for name, total in self.sums.items():
-            record[name] = NumpyArray(as_type(total / self.weight, self.types[name]))
-        return record
+        mean = ArrayRecord()
+        for name, total in self._parts().items():
+            mean[name] = NumpyArray(as_type(total / self.weight, self.layout[name][1]))
+        return mean
+
+    def _parts(self) -> dict[str, NDArray[np.float64]]:
+        parts, start = {}, 0
+        for name, (shape, _) in self.layout.items():
+            size = int(np.prod(shape))
+            parts[name] = self.sums[start : start + size].reshape(shape)
+            start += size
+        return parts
 
 
 class MeanMetrics:
@@ -65,6 +94,12 @@ class MeanMetrics:
                 self.sums[key] = self.sums.get(key, 0.0) + weight * value
                 self.weights[key] = self.weights.get(key, 0.0) + weight
 
+    def merge(self, later: Self) -> None:
+        """Add what another has summed."""
+        for key, total in later.sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + total
+            self.weights[key] = self.weights.get(key, 0.0) + later.weights[key]
+
     def record(self) -> MetricRecord:
         """The means of what was added."""
         return MetricRecord({key: total / self.weights[key] for key, total in self.sums.items()})
@@ -74,23 +109,55 @@ class ScopeStatistics:
     """The weight scopes of a round's clients: fused, and how far the clients lie from the fusion."""
 
     def __init__(self) -> None:
-        self.scopes: list[WeightScope] = []
+        self.layers: list[tuple[str, ...]] = []  # of each client, like the other two
+        self.numbers: list[tuple[list[float], list[float]]] = []  # means and variances
         self.weights: list[float] = []
 
     def take(self, arrays: ArrayRecord, metrics: MetricRecord) -> None:
         """Take a reply's scope out of its metrics; a reply without one counts for nothing here."""
-        scope = messages.take_scope(metrics, messages.layer_names(arrays))
-        if scope is not None:
-            self.scopes.append(scope)
+        layers = messages.layer_names(arrays)
+        if numbers := messages.take_scope(metrics, len(layers)):
+            self.layers.append(layers)
+            self.numbers.append(numbers)
             self.weights.append(weight_of(metrics))
+
+    def merge(self, later: Self) -> None:
+        """Take over another's."""
+        self.layers += later.layers
+        self.numbers += later.numbers
+        self.weights += later.weights
 
     def fused(self, variance: str = "mean", merged: WeightScope | None = None) -> WeightScope | None:
         """See `fedwsa.scope.fuse`; None if no client sent a scope."""
-        return fuse(self.scopes, self.weights, variance, merged) if self.scopes else None
+        return fuse(self._scopes(), self.weights, variance, merged) if self.numbers else None
 
     def metrics(self, fused: WeightScope | None) -> dict[str, list[float]]:
         """The fused scope, and the distance Σ_k p_k KL(client k ‖ fused) in nats; one number a layer each."""
         if fused is None:
             return {}
-        distance = scope_distance(self.scopes, self.weights, fused)
+        distance = scope_distance(self._scopes(), self.weights, fused)
         return {**messages.pack_scope(fused), SCOPE_DISTANCE: distance.tolist()}
+
+    def _scopes(self) -> list[WeightScope]:
+        table = torch.tensor(self.numbers, dtype=torch.float64)
+        return [WeightScope(names, *rows) for names, rows in zip(self.layers, table, strict=True)]
+
+
+class MeanFold:
+    """Weighted means of models and metrics, and the scopes: what FedAvg makes of replies, as a `Fold`."""
+
+    def __init__(self) -> None:
+        self.model, self.metrics, self.scopes = MeanModel(), MeanMetrics(), ScopeStatistics()
+
+    def add(self, reply: Message) -> None:
+        """A reply that passed the gate."""
+        arrays, own = messages.arrays_of(reply), messages.metrics_of(reply)
+        self.scopes.take(arrays, own)
+        self.model.add(arrays, weight_of(own))
+        self.metrics.add(own, weight_of(own))
+
+    def merge(self, later: Self) -> None:
+        """See `Fold`."""
+        self.model.merge(later.model)
+        self.metrics.merge(later.metrics)
+        self.scopes.merge(later.scopes)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fedwsa import messages
 from fedwsa.config import Config
-from strategies.aggregation import MeanMetrics, MeanModel, ScopeStatistics, weight_of
+from fedwsa.simulation.folding import Fold, MakeFold, fold
+from strategies.aggregation import MeanFold, MeanMetrics, weight_of
 from strategies.holdout import Holdout
 from strategies.sampling import broadcast, draw, each
 
@@ -49,15 +50,23 @@ class FedAvg(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Weighted means of models and metrics, and the scopes' fusion and distance where clients sent scopes."""
-        model, metrics, scopes = MeanModel(), MeanMetrics(), ScopeStatistics()
-        for reply in each(replies):
-            arrays, own = reply.content.array_records[messages.ARRAYS], reply.content.metric_records[messages.METRICS]
-            scopes.take(arrays, own)
-            model.add(arrays, weight_of(own))
-            metrics.add(own, weight_of(own))
-        if not model.weight:
+        return self.conclude_train(server_round, fold(MeanFold, each(replies)))
+
+    def folding(self) -> MakeFold | None:
+        """Makes parts of what `conclude_train` takes, so that workers can aggregate too; None for subclasses that
+        aggregate in another way.
+        """
+        return MeanFold if type(self).aggregate_train is FedAvg.aggregate_train else None
+
+    def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What `aggregate_train` gives, from the fold of the replies."""
+        if folded is None:
             return None, None
-        return model.record(), MetricRecord({**metrics.record(), **scopes.metrics(scopes.fused())})
+        assert isinstance(folded, MeanFold)
+        if not folded.model.weight:
+            return None, None
+        scopes = folded.scopes
+        return folded.model.record(), MetricRecord({**folded.metrics.record(), **scopes.metrics(scopes.fused())})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -72,7 +81,7 @@ class FedAvg(Strategy):
         """Weighted means of the clients' metrics."""
         metrics = MeanMetrics()
         for reply in each(replies):
-            own = reply.content.metric_records[messages.METRICS]
+            own = messages.metrics_of(reply)
             metrics.add(own, weight_of(own))
         return metrics.record() if metrics.sums else None
 

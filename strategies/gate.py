@@ -5,10 +5,13 @@ Flower's FedAvg takes NaN and a negative weight, and one wrong shape or key ends
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -16,13 +19,49 @@ from torch import Tensor
 from fedwsa import messages
 from fedwsa.arrays import NumpyArray, as_type, view
 from fedwsa.errors import RunError
+from fedwsa.simulation.folding import Fold, MakeFold
+from fedwsa.simulation.sending import Replies
 from strategies.sampling import each
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type of every array of the model
 
 
 class NoUsableReplyError(RunError):
-    """A training round in which no client gave a reply that can be used."""
+    """A training round in which too few clients gave a reply that can be used."""
+
+
+class ClientFailedError(RunError):
+    """A client whose reply cannot be used, in a run that is to end then."""
+
+
+@dataclass(slots=True)
+class Passage:
+    """What passed the gate in one phase, and what did not."""
+
+    received: int = 0
+    usable: int = 0
+    bytes_up: int = 0  # logical payload of all that was received
+    failures: list[tuple[int, str]] = field(default_factory=list)  # node id, and why
+
+    def check(self, reply: Message, server_round: int, layout: Layout | None) -> bool:
+        """Whether a reply may pass. layout: of the model that it has to carry, if any."""
+        self.received += 1
+        if reply.has_content():
+            with suppress(Exception):  # whatever a client calls a type; the check will say so
+                self.bytes_up += messages.payload_bytes(reply.content)
+        fault = _fault(reply, server_round, layout)
+        if fault is None:
+            self.usable += 1
+        else:
+            self.failures.append((reply.metadata.src_node_id, fault))
+        return fault is None
+
+    def merge(self, later: Self) -> None:
+        """Add what another has seen."""
+        self.received += later.received
+        self.usable += later.usable
+        self.bytes_up += later.bytes_up
+        self.failures += later.failures
 
 
 class Gate(Strategy):
@@ -32,15 +71,21 @@ class Gate(Strategy):
     types that were sent and finite numbers, and one metric record with finite values and 0 < num-examples ≤ 10⁹.
     Others are left out; `failures` says why, one line each, for the phase that ended last.
 
+    min_replies: usable replies that a training round needs; with fewer it is a NoUsableReplyError.
+    fail: a reply that is left out, or missing, is a ClientFailedError, once all are there.
+
     Flower's strategies end the run where clients report unlike metrics. They look at them when all replies are in, and
     by then those that not every usable reply has are gone.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, *, min_replies: int = 1, fail: bool = False) -> None:
         self.strategy = strategy
+        self.min_replies = min_replies
+        self.fail = fail
         self.failures: list[str] = []
-        self.usable = 0
-        self._sent: list[Metadata] = []
+        self.passage = Passage()
+        self.sent: list[Metadata] = []
+        self.bytes_down = 0
         self._layout: Layout = {}
 
     def configure_train(
@@ -53,12 +98,28 @@ class Gate(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """What the wrapped strategy makes of the usable replies; NoUsableReplyError if there is none.
+        """What the wrapped strategy makes of the usable replies.
 
         The model keeps the types that were sent: Flower's FedAdam makes float64 of float32, and its FedAvg of counters.
         """
-        passed = self._passed(server_round, replies, training=True)
-        arrays, metrics = self.strategy.aggregate_train(server_round, passed)
+        arrays, metrics = self.strategy.aggregate_train(
+            server_round, self._passed(server_round, replies, training=True)
+        )
+        return arrays and self._typed(arrays), metrics
+
+    def folding(self, server_round: int) -> MakeFold | None:
+        """Parts of what `conclude_train` takes, where the wrapped strategy has such: workers check the replies then."""
+        inner = getattr(self.strategy, "folding", None)
+        make = inner() if inner else None
+        return partial(_GatedFold, make, server_round, self._layout) if make else None
+
+    def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What `aggregate_train` gives, from the fold of all replies."""
+        if folded is None:
+            return None, None
+        assert isinstance(folded, _GatedFold)
+        self._close(server_round, folded.passage, training=True)
+        arrays, metrics = self.strategy.conclude_train(server_round, folded.inner)  # type: ignore[attr-defined]
         return arrays and self._typed(arrays), metrics
 
     def configure_evaluate(
@@ -84,6 +145,11 @@ class Gate(Strategy):
         """The wrapped strategy's."""
         self.strategy.load_state(state)  # type: ignore[attr-defined]
 
+    @property
+    def usable(self) -> int:
+        """Replies that passed in the phase that ended last."""
+        return self.passage.usable
+
     def _typed(self, arrays: ArrayRecord) -> ArrayRecord:
         for name, (_, dtype) in self._layout.items():
             if name in arrays and arrays[name].dtype != dtype:
@@ -92,36 +158,71 @@ class Gate(Strategy):
 
     def _marked(self, server_round: int, outgoing: Iterable[Message]) -> list[Message]:
         marked = list(outgoing)
+        sizes: dict[int, int] = {}  # messages of one broadcast share their content
         for message in marked:
             message.metadata.group_id = str(server_round)  # a reply inherits it
-        self._sent = [message.metadata for message in marked]
-        self.failures, self.usable = [], 0
+            key = id(message.content)
+            if key not in sizes:
+                sizes[key] = messages.payload_bytes(message.content)
+        self.sent = [message.metadata for message in marked]
+        self.bytes_down = sum(sizes[id(message.content)] for message in marked)
+        self.failures, self.passage = [], Passage()
         return marked
 
-    def _passed(self, server_round: int, replies: Iterable[Message], *, training: bool) -> Iterator[Message]:
-        received = 0
+    def _passed(self, server_round: int, replies: Iterable[Message], *, training: bool) -> Replies:
+        """Some strategies look at them twice."""
+        return Replies(self._usable(server_round, replies, training=training))
+
+    def _usable(self, server_round: int, replies: Iterable[Message], *, training: bool) -> Iterator[Message]:
+        passage = self.passage
         passed: list[MetricRecord] = []
+        asked = {sent.message_id: sent.dst_node_id for sent in self.sent}
         for reply in each(replies):
-            received += 1
-            fault = _fault(reply, server_round, self._layout if training else None)
-            if fault is None:
-                self.usable += 1
-                passed.append(reply.content.metric_records[messages.METRICS])
+            if passage.check(reply, server_round, self._layout if training else None):
+                passed.append(messages.metrics_of(reply))
                 yield reply
-            else:
-                self.failures.append(f"node {self._sender(reply.metadata)}: {fault}")
+            else:  # Flower gives its own node id to the error reply in place of a node that died
+                node, fault = passage.failures[-1]
+                passage.failures[-1] = asked.get(reply.metadata.reply_to_message_id, node), fault
         _keep_common(passed)
-        if missing := len(self._sent) - received:
-            self.failures.append(f"{missing} of {len(self._sent)} clients did not reply in time")
-        if training and self._sent and not self.usable:
+        self._close(server_round, passage, training=training)
+
+    def _close(self, server_round: int, passage: Passage, *, training: bool) -> None:
+        """All replies are in."""
+        self.passage = passage
+        self.failures = [f"node {node}: {fault}" for node, fault in passage.failures]
+        if missing := len(self.sent) - passage.received:
+            self.failures.append(f"{missing} of {len(self.sent)} clients did not reply in time")
+        if self.fail and self.failures:
+            raise ClientFailedError(f"round {server_round}: {self.failures[0]}")
+        if training and self.sent and passage.usable < self.min_replies:
+            number = "none" if passage.usable == 0 else str(passage.usable)
+            needed = f", {self.min_replies} are needed" if self.min_replies > 1 else ""
             raise NoUsableReplyError(
-                f"round {server_round}: none of {len(self._sent)} clients gave a usable reply; {self.failures[0]}"
+                f"round {server_round}: {number} of {len(self.sent)} clients gave a usable reply{needed}; "
+                f"{self.failures[0]}"
             )
 
-    def _sender(self, reply: Metadata) -> int:
-        """Flower gives its own node id to the error reply in place of a node that died."""
-        asked = {sent.message_id: sent.dst_node_id for sent in self._sent}
-        return asked.get(reply.reply_to_message_id, reply.src_node_id)
+
+class _GatedFold:
+    """What passed the gate, and the wrapped strategy's part of the replies that did."""
+
+    def __init__(self, make: MakeFold, server_round: int, layout: Layout) -> None:
+        self.passage, self.inner = Passage(), make()
+        self._server_round: int = server_round
+        self._layout: Layout | None = layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the layout: a part that travels has its reply already."""
+        return {"passage": self.passage, "inner": self.inner}
+
+    def add(self, reply: Message) -> None:
+        if self.passage.check(reply, self._server_round, self._layout):
+            self.inner.add(reply)
+
+    def merge(self, later: Self) -> None:
+        self.passage.merge(later.passage)
+        self.inner.merge(later.inner)
 
 
 def _keep_common(records: list[MetricRecord]) -> None:
@@ -140,15 +241,21 @@ def _fault(reply: Message, server_round: int, layout: Layout | None) -> str | No
         return f"error {reply.error.code}: {lines[-1] if lines else 'no reason given'}"
     if reply.metadata.group_id != str(server_round):
         return f"answers round {reply.metadata.group_id!r}, not {server_round}"
-    if list(reply.content.metric_records) != [messages.METRICS]:
-        return f"metric records are {sorted(reply.content.metric_records)}, not [{messages.METRICS!r}]"
-    if fault := _metrics_fault(reply.content.metric_records[messages.METRICS]):
+    if fault := _kinds_fault(reply.content, MetricRecord, messages.METRICS, "metric"):
+        return fault
+    if fault := _metrics_fault(messages.metrics_of(reply)):
         return fault
     if layout is None:
         return None
-    if list(reply.content.array_records) != [messages.ARRAYS]:
-        return f"array records are {sorted(reply.content.array_records)}, not [{messages.ARRAYS!r}]"
-    return _arrays_fault(reply.content.array_records[messages.ARRAYS], layout)
+    if fault := _kinds_fault(reply.content, ArrayRecord, messages.ARRAYS, "array"):
+        return fault
+    return _arrays_fault(messages.arrays_of(reply), layout)
+
+
+def _kinds_fault(content: RecordDict, kind: type, key: str, name: str) -> str | None:
+    """There must be one record of a kind, under its own key."""
+    found = [own for own, record in content.items() if isinstance(record, kind)]
+    return None if found == [key] else f"{name} records are {sorted(found)}, not [{key!r}]"
 
 
 def _metrics_fault(metrics: MetricRecord) -> str | None:

@@ -65,8 +65,7 @@ class NPMerge(FedAvg):
 
         def models() -> Iterator[tuple[dict[str, Tensor], float]]:
             for reply in each(replies):
-                arrays = reply.content.array_records[messages.ARRAYS]
-                own = reply.content.metric_records[messages.METRICS]
+                arrays, own = messages.arrays_of(reply), messages.metrics_of(reply)
                 scopes.take(arrays, own)
                 metrics.add(own, weight_of(own))
                 yield unpack(arrays), weight_of(own)

@@ -1,9 +1,8 @@
 """The round loop: one strategy from its start, or its last checkpoint, to its final model."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -15,43 +14,15 @@ from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config
 from fedwsa.errors import RunError
 from fedwsa.run_folder import RunFolderError, StrategyFolder
+from fedwsa.simulation.grid import SimulationGrid
 from strategies.aggregation import SCOPE_DISTANCE
 from strategies.gate import Gate
-from strategies.sampling import each
 
 Event = dict[str, Any]
 Notify = Callable[[str, Event], None]
 Evaluate = Callable[[ArrayRecord], Event]
 
 SHOWN_FAILURES = 20  # of a phase, in metrics.jsonl
-
-
-@dataclass(slots=True)
-class _Traffic:
-    """Logical payload of a phase, counted as it passes."""
-
-    down: int = 0
-    up: int = 0
-    clients: int = 0
-
-    def sent(self, outgoing: Iterable[Message]) -> list[Message]:
-        """Messages of one broadcast share their content: each content is sized once."""
-        sizes: dict[int, int] = {}
-        outgoing = list(outgoing)
-        for message in outgoing:
-            key = id(message.content)
-            if key not in sizes:
-                sizes[key] = messages.payload_bytes(message.content)
-            self.down += sizes[key]
-        self.clients = len(outgoing)
-        return outgoing
-
-    def received(self, replies: Iterable[Message]) -> Iterator[Message]:
-        for reply in each(replies):
-            if reply.has_content():
-                with suppress(Exception):  # whatever a client calls a type; the gate will say so
-                    self.up += messages.payload_bytes(reply.content)
-            yield reply
 
 
 @dataclass(slots=True)
@@ -65,7 +36,6 @@ class Rounds:
     folder: StrategyFolder
     evaluate: Evaluate
     notify: Notify
-    _traffic: _Traffic = field(default_factory=_Traffic)
 
     def run(self, initial: Mapping[str, Tensor]) -> None:
         """From round 1, or from after the last checkpoint; at the end `final.safetensors` stands."""
@@ -102,7 +72,12 @@ class Rounds:
     def _train(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         start = time.perf_counter()
         outgoing = self.strategy.configure_train(server_round, arrays, ConfigRecord(), self.grid)
-        updated, metrics = self.strategy.aggregate_train(server_round, self._replies(outgoing))
+        make = self.strategy.folding(server_round)
+        if make and isinstance(self.grid, SimulationGrid):
+            folded = self.grid.fold(outgoing, make, timeout=self.config.timeout)
+            updated, metrics = self.strategy.conclude_train(server_round, folded)
+        else:
+            updated, metrics = self.strategy.aggregate_train(server_round, self._replies(outgoing))
         self._record_phase("train", server_round, metrics, start, messages.layer_names(arrays))
         return arrays if updated is None else updated
 
@@ -113,10 +88,8 @@ class Rounds:
             metrics = self.strategy.aggregate_evaluate(server_round, self._replies(outgoing))
             self._record_phase("evaluate-clients", server_round, metrics, start)
 
-    def _replies(self, outgoing: Iterable[Message]) -> Iterator[Message]:
-        self._traffic = _Traffic()
-        sent = self._traffic.sent(outgoing)
-        return self._traffic.received(self.grid.send_and_receive(sent, timeout=self.config.timeout))
+    def _replies(self, outgoing: Iterable[Message]) -> Iterable[Message]:
+        return self.grid.send_and_receive(outgoing, timeout=self.config.timeout)
 
     def _record_phase(
         self, phase: str, server_round: int, metrics: MetricRecord | None, start: float, layers: tuple[str, ...] = ()
@@ -125,11 +98,11 @@ class Rounds:
         event: Event = {
             "round": server_round,
             "phase": phase,
-            "num_clients": self._traffic.clients,
-            "num_failed": self._traffic.clients - self.strategy.usable,
+            "num_clients": len(self.strategy.sent),
+            "num_failed": len(self.strategy.sent) - self.strategy.usable,
             "metrics": {key: value for key, value in values.items() if not isinstance(value, list)},
-            "bytes_down": self._traffic.down,
-            "bytes_up": self._traffic.up,
+            "bytes_down": self.strategy.bytes_down,
+            "bytes_up": self.strategy.passage.bytes_up,
             "seconds": time.perf_counter() - start,
         }
         if SCOPE_DISTANCE in values:

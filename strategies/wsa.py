@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -12,6 +14,7 @@ from fedwsa import messages
 from fedwsa.arrays import unpack
 from fedwsa.config import Config
 from fedwsa.scope import VARIANCE_FUSIONS, WeightScope, measure
+from fedwsa.simulation.folding import Fold, MakeFold
 from strategies.aggregation import ScopeStatistics
 from strategies.fedavg import FedAvg
 from strategies.holdout import Holdout
@@ -76,6 +79,26 @@ class WeightScopeAlignment(Strategy):
         """What the wrapped strategy makes of the replies; the fused scope and its distances join the metrics."""
         scopes = ScopeStatistics()
         arrays, metrics = self.strategy.aggregate_train(server_round, _stripped(replies, scopes))
+        return self._follow(arrays, metrics, scopes)
+
+    def folding(self) -> MakeFold | None:
+        """Parts of what `conclude_train` takes, where the wrapped strategy has such."""
+        inner = getattr(self.strategy, "folding", None)
+        own = type(self).aggregate_train is WeightScopeAlignment.aggregate_train
+        make = inner() if inner and own else None
+        return partial(_ScopedFold, make) if make else None
+
+    def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What `aggregate_train` gives, from the fold of the replies."""
+        if folded is None:
+            return None, None
+        assert isinstance(folded, _ScopedFold)
+        arrays, metrics = self.strategy.conclude_train(server_round, folded.inner)  # type: ignore[attr-defined]
+        return self._follow(arrays, metrics, folded.scopes)
+
+    def _follow(
+        self, arrays: ArrayRecord | None, metrics: MetricRecord | None, scopes: ScopeStatistics
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         merged = _scope(arrays) if arrays and self.variance == "merged" else None
         fused = scopes.fused(self.variance, merged) if arrays else None
         if fused is None:
@@ -138,6 +161,21 @@ class FedAvgWSA(WeightScopeAlignment):
         )
 
 
+class _ScopedFold:
+    """The scopes, and the wrapped strategy's part of replies that have none."""
+
+    def __init__(self, make: MakeFold) -> None:
+        self.scopes, self.inner = ScopeStatistics(), make()
+
+    def add(self, reply: Message) -> None:
+        self.scopes.take(messages.arrays_of(reply), messages.metrics_of(reply))
+        self.inner.add(reply)
+
+    def merge(self, later: Self) -> None:
+        self.scopes.merge(later.scopes)
+        self.inner.merge(later.inner)
+
+
 def _scope(arrays: ArrayRecord) -> WeightScope:
     layers = set(messages.layer_names(arrays))
     return measure(unpack({name: array for name, array in arrays.items() if name in layers}))
@@ -147,5 +185,5 @@ def _stripped(replies: Iterable[Message], scopes: ScopeStatistics) -> Iterator[M
     """Replies without their scopes: Flower's strategies demand the same metrics of every client."""
     for reply in each(replies):
         if reply.has_content():
-            scopes.take(reply.content.array_records[messages.ARRAYS], reply.content.metric_records[messages.METRICS])
+            scopes.take(messages.arrays_of(reply), messages.metrics_of(reply))
         yield reply

@@ -23,10 +23,10 @@ from ray import cloudpickle
 
 from fedwsa.arrays import NumpyArray
 from fedwsa.simulation import open_engine, simulate
-from fedwsa.simulation.engine import Job, Population, snapshot
+from fedwsa.simulation.engine import Population, snapshot
 from fedwsa.simulation.links import Recent
 from fedwsa.simulation.shared_memory import Pool, ServerEnd, WorkerEnd
-from fedwsa.simulation.worker import Worker
+from fedwsa.simulation.worker import Packed, Worker
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
 
@@ -595,7 +595,7 @@ def test_a_worker_that_cannot_send_its_answer_closes_the_connection():
 
     message = Message(RecordDict(), 1000, "train")
     end.send((cloudpickle.dumps(Population(client, 1, {})), []), {})
-    end.send(Job(message, 0, RecordDict()), {}, blocks=1)
+    end.send(Packed(None, [message.content], [(message.metadata, 0, 0, None)]), {}, answer=True)
     with pytest.raises(AttributeError, match="Can't pickle local object"):
         worker.serve()
     with pytest.raises(EOFError):
@@ -610,7 +610,7 @@ def test_memory_lent_to_a_worker_that_was_given_up_is_not_lent_again():
     def borrow():
         ours, theirs = Pipe()
         server, worker = ServerEnd(ours, os.getpid(), pool), WorkerEnd(theirs)
-        server.send("a value", {}, blocks=1)
+        server.send("a value", {}, answer=True)
         assert worker.receive() == ("a value", {})
         return server, worker.blocks[worker.block].memory
 

@@ -4,9 +4,9 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -14,10 +14,12 @@ from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedwsa.simulation.folding import Fold, MakeFold, Tree
+
 CLIENT_APP_RAISED, CLIENT_APP_CRASHED = 2, 8  # Flower's error codes
 
 RunConfig = Mapping[str, bool | int | float | str]
-Record = ArrayRecord | ConfigRecord | MetricRecord
+Record = TypeVar("Record", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +33,64 @@ class Population:
 
 @dataclass(slots=True)
 class Job:
-    """One message for one client, and the client's state of the rounds before."""
+    """One message for one client, and the client's state of the rounds before (None: it has none)."""
 
     message: Message
     partition_id: int
-    state: RecordDict
+    state: RecordDict | None = None
+
+
+@dataclass(slots=True)
+class Task:
+    """Jobs of different clients that one worker does one after another and gives back together.
+
+    make: makes the parts of a fold; then the replies stay with the worker and their fold comes back.
+    seconds: that it will take, as far as anybody knows.
+    """
+
+    jobs: list[Job]
+    make: MakeFold | None = None
+    seconds: float = 0.0
+
+    @property
+    def message_ids(self) -> list[str]:
+        """Of the jobs, in order."""
+        return [job.message.metadata.message_id for job in self.jobs]
 
 
 @dataclass(slots=True)
 class Answer:
-    """A client's reply (or an error in its place), and its state after it."""
+    """A client's reply (or an error in its place; None if it was folded), and its state after it."""
 
     message_id: str
-    reply: Message
-    state: RecordDict
+    reply: Message | None
+    state: RecordDict | None
     seconds: float = 0.0  # that the client app took
 
 
+@dataclass(slots=True)
+class Outcome:
+    """The answers of a task or of a part of it, and their fold where the task asked for one."""
+
+    answers: list[Answer]
+    fold: Fold | None = None
+
+
 class Engine(Protocol):
-    """Runs jobs; the order in which answers come is its own affair."""
+    """Runs tasks; the order in which outcomes come is its own affair."""
 
     @property
     def workers(self) -> int:
         """How many clients compute at the same time."""
 
     def begin(self, population: Population) -> None:
-        """Jobs from now on are for these clients."""
+        """Tasks from now on are for these clients."""
 
-    def submit(self, job: Job) -> None:
-        """Take a job; returns at once."""
+    def submit(self, task: Task) -> None:
+        """Take a task; returns at once."""
 
-    def collect(self, timeout: float | None) -> list[Answer]:
-        """Answers that are new; waits until there is one, for `timeout` seconds at most (None: without limit)."""
+    def collect(self, timeout: float | None) -> list[Outcome]:
+        """Outcomes that are new; waits until there is one, for `timeout` seconds at most (None: without limit)."""
 
     def cancel(self, message_ids: set[str]) -> None:
         """Give these jobs up, also where they are running; their answers never come."""
@@ -78,22 +106,40 @@ def identify() -> None:
 
 def answer(population: Population, job: Job) -> Answer:
     """Let the client app answer; what it raises becomes an error reply with the traceback."""
-    node_id = job.message.metadata.dst_node_id
+    metadata = job.message.metadata
     context = Context(
-        run_id=job.message.metadata.run_id,
-        node_id=node_id,
+        run_id=metadata.run_id,
+        node_id=metadata.dst_node_id,
         node_config={"partition-id": job.partition_id, "num-partitions": population.num_clients},
-        state=job.state,
+        state=RecordDict() if job.state is None else job.state,
         run_config=dict(population.run_config),
     )
+    message = make_message(metadata, own_content(job.message.content))
     start = time.perf_counter()
     try:
-        reply = population.app(job.message, context)
+        reply = population.app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
-        reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=job.message)
-    return Answer(job.message.metadata.message_id, reply, context.state, time.perf_counter() - start)
+        reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
+    state = context.state if context.state or job.state is not None else None
+    return Answer(metadata.message_id, reply, state, time.perf_counter() - start)
+
+
+def perform(population: Population, task: Task) -> Outcome:
+    """Do a task's jobs one after another."""
+    if task.make is None:
+        return Outcome([answer(population, job) for job in task.jobs])
+    answers, tree = [], Tree()
+    for job in task.jobs:
+        given = answer(population, job)
+        part = task.make()
+        assert given.reply is not None
+        part.add(given.reply)
+        tree.push(1, part)
+        given.reply = None
+        answers.append(given)
+    return Outcome(answers, tree.total())
 
 
 class InProcessEngine:
@@ -103,53 +149,62 @@ class InProcessEngine:
 
     def __init__(self, threads_per_client: int = 1) -> None:
         self.threads = threads_per_client
-        self.jobs: deque[Job] = deque()
+        self.tasks: deque[Task] = deque()
         self.population: Population | None = None
 
     def begin(self, population: Population) -> None:
         """See Engine."""
-        self.jobs.clear()
+        self.tasks.clear()
         self.population = population
 
-    def submit(self, job: Job) -> None:
+    def submit(self, task: Task) -> None:
         """See Engine."""
-        self.jobs.append(job)
+        self.tasks.append(task)
 
-    def collect(self, timeout: float | None) -> list[Answer]:
-        """One job is run whatever the timeout: nothing here could stop it."""
-        if not self.jobs:
+    def collect(self, timeout: float | None) -> list[Outcome]:
+        """One task is done whatever the timeout: nothing here could stop it."""
+        if not self.tasks:
             return []
         assert self.population is not None, "begin() comes first"
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            job = self.jobs.popleft()
-            own = make_message(job.message.metadata, _own(job.message.content))
-            given = answer(self.population, Job(own, job.partition_id, job.state))
-            if given.reply.has_content():
-                given.reply.content = _own(given.reply.content)
-            return [given]
+            outcome = perform(self.population, self.tasks.popleft())
         finally:
             torch.set_num_threads(before)
+        for given in outcome.answers:
+            if given.reply is not None and given.reply.has_content():
+                given.reply.content = own_content(given.reply.content)
+        return [outcome]
 
     def cancel(self, message_ids: set[str]) -> None:
         """See Engine."""
-        self.jobs = deque(job for job in self.jobs if job.message.metadata.message_id not in message_ids)
+        self.tasks = deque(left for task in self.tasks if (left := without(task, message_ids)).jobs)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
+def without(task: Task, message_ids: set[str]) -> Task:
+    """What is left of a task when these are given up."""
+    jobs = [job for job in task.jobs if job.message.metadata.message_id not in message_ids]
+    return Task(jobs, task.make, task.seconds)
+
+
 def snapshot(record: Record) -> Record:
     """A copy: what either side changes in its own does not reach the other. Numbers and bytes are shared."""
-    if not isinstance(record, ArrayRecord):
-        return deepcopy(record)
-    arrays = record.copy()
-    for name, array in record.items():
-        arrays[name] = copy(array)
-    return arrays
+    copied = record.copy()
+    values = copied.__dict__["_data"]  # Flower checks every element of a list that is set by the front door
+    for key, value in values.items():
+        if not isinstance(value, int | float | str | bytes):
+            values[key] = copy(value)
+    return copied
 
 
-def _own(content: RecordDict) -> RecordDict:
-    """Records of its own for a side of a message that stays in this process, as it would have behind a network."""
-    return RecordDict({key: snapshot(record) for key, record in content.items()})
+def own_content(content: RecordDict) -> RecordDict:
+    """Records of its own for one side of a message, as it would have behind a network."""
+    copied = content.copy()
+    values = copied.__dict__["_data"]
+    for key, record in values.items():
+        values[key] = snapshot(record)
+    return copied

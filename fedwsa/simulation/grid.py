@@ -1,35 +1,52 @@
 """Flower's `Grid` over an engine, so that any ServerApp runs unchanged."""
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
+from dataclasses import dataclass
 from itertools import count
-from typing import overload
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedwsa.simulation.engine import Engine, Job, Record, snapshot
+from fedwsa.simulation.engine import Answer, Engine, Job, Task, own_content
+from fedwsa.simulation.folding import Fold, MakeFold, Tree
+from fedwsa.simulation.schedule import Durations
+from fedwsa.simulation.sending import Replies, Sending
 
 FIRST_NODE_ID = 1000  # Flower gives 1 to the server; node id − FIRST_NODE_ID is the partition id
-WINDOW = 4  # messages handed to the engine for each worker ahead of the next reply due
+
+
+@dataclass(slots=True)
+class _OnTheWay:
+    """A message whose answer is not there yet."""
+
+    message: Message
+    partition_id: int
+    make: MakeFold | None
+    sending: Sending | None  # None: it was pushed, and waits to be pulled
+    position: int
 
 
 class SimulationGrid(Grid):
-    """The clients of one run. Replies come in the order in which their messages were sent."""
+    """The clients of one run. Replies come in the order in which their messages were sent.
 
-    def __init__(self, engine: Engine, num_clients: int) -> None:
+    client_sizes: samples of each client, by partition id, so that the first round can begin with the longest.
+    """
+
+    def __init__(self, engine: Engine, num_clients: int, client_sizes: Sequence[int] | None = None) -> None:
         self.engine = engine
         self.num_clients = num_clients
+        self.workers = engine.workers
+        self.durations = Durations(client_sizes)
+        self.states: dict[int, RecordDict] = {}  # of the clients that keep any, by partition id
         self._run = Run.create_empty(run_id=1)
         self._numbers = count(1)
-        self._states: dict[int, RecordDict] = {}  # of the clients that keep any, by partition id
-        self._partition_of: dict[str, int] = {}  # message id → partition id, while the answer is due
-        self._due: dict[int, list[Message]] = {}  # by partition id; the first of each is with the engine
-        self._replies: dict[str, Message] = {}  # arrived, not yet asked for
-        self._open: list[Replies] = []
+        self._on_the_way: dict[str, _OnTheWay] = {}  # by message id, until the answer is there
+        self._due: dict[int, list[str]] = {}  # by partition id; the first of each is with the engine
+        self._replies: dict[str, Message] = {}  # to pushed messages, not yet asked for
+        self._open: list[Sending] = []
 
     def set_run(self, run: Run) -> None:
         """See Grid."""
@@ -53,167 +70,133 @@ class SimulationGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Hand messages to the clients; the ids are for `pull_messages`."""
         self.finish()
-        return [self.send(message) for message in self._numbered(messages)]
+        numbered = self._numbered(messages)
+        for message in numbered:
+            self.send([message], None, None, 0)
+        return [message.metadata.message_id for message in numbered]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies to these messages that are there by now; each is given once."""
-        self._receive(timeout=0)
+        self.receive(timeout=0)
         return [self._replies.pop(message_id) for message_id in list(message_ids) if message_id in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> "Replies":
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Replies in the order of the messages; iterating over them gives each as soon as all before it are there.
 
         After `timeout` seconds of waiting (None: no limit) the replies that are missing are given up, running clients
         included.
         """
         self.finish()
-        replies = Replies(self, self._numbered(messages), timeout)
-        self._open.append(replies)
-        return replies
+        sending = Sending(self, self._numbered(messages), None, timeout)
+        self._open.append(sending)
+        return Replies(reply for _, reply in sending if reply is not None)
+
+    def fold(self, messages: Iterable[Message], make: MakeFold, *, timeout: float | None = None) -> Fold | None:
+        """What the replies come to, error replies included; None if there are no messages.
+
+        The workers fold what they can; the result does not depend on how many there are. A reply that is missing after
+        `timeout` seconds of waiting is given up. make: picklable; gives an empty part.
+        """
+        self.finish()
+        sending = Sending(self, self._numbered(messages), make, timeout)
+        self._open.append(sending)  # until it is done: what is raised meanwhile leaves no message behind
+        tree = Tree()
+        for size, part in sending:
+            tree.push(size, make() if part is None else part)
+        return tree.total()
 
     def finish(self) -> None:
         """Run what was sent and never looked at, as a real network would."""
-        for replies in self._open:
-            replies.finish()
+        for sending in self._open:
+            sending.finish()
         self._open.clear()
 
     def _numbered(self, messages: Iterable[Message]) -> list[Message]:
         """Copies with ids: clients get what the ServerApp sent, whatever it changes before they start."""
         numbered: list[Message] = []
-        taken: dict[int, tuple[Record, Record]] = {}  # by id of the original, which stays alive here
+        contents: dict[int, tuple[RecordDict, RecordDict]] = {}  # by id of the original, which stays alive here
+        records: dict[int, tuple[object, ArrayRecord | ConfigRecord | MetricRecord]] = {}  # likewise
         for message in messages:
             if not 0 <= message.metadata.dst_node_id - FIRST_NODE_ID < self.num_clients:
                 raise ValueError(f"message for node {message.metadata.dst_node_id}: no such node")
             message.metadata.__dict__["_message_id"] = f"message-{next(self._numbers)}"
-            content = RecordDict()
-            for key, record in message.content.items():
-                if id(record) not in taken:
-                    taken[id(record)] = record, snapshot(record)
-                content[key] = taken[id(record)][1]
-            numbered.append(make_message(copy(message.metadata), content))
+            content = message.content
+            if id(content) not in contents:
+                own = own_content(content)
+                for key, record in content.items():  # one record in several contents stays one
+                    own[key] = records.setdefault(id(record), (record, own[key]))[1]
+                contents[id(content)] = content, own
+            numbered.append(make_message(copy(message.metadata), contents[id(content)][1]))
         return numbered
 
-    def send(self, message: Message) -> str:
-        """Hand one numbered message to the engine; a client gets one at a time, with its state after the one before."""
-        partition_id = message.metadata.dst_node_id - FIRST_NODE_ID
-        self._partition_of[message.metadata.message_id] = partition_id
-        due = self._due.setdefault(partition_id, [])
-        due.append(message)
-        if len(due) == 1:
-            self._submit(partition_id)
-        return message.metadata.message_id
+    def partition_of(self, message: Message) -> int:
+        """Whom a message is for."""
+        return message.metadata.dst_node_id - FIRST_NODE_ID
 
-    def _submit(self, partition_id: int) -> None:
-        message = self._due[partition_id][0]
-        self.engine.submit(Job(message, partition_id, self._states.get(partition_id) or RecordDict()))
+    def send(self, messages: list[Message], make: MakeFold | None, sending: Sending | None, position: int) -> None:
+        """Hand numbered messages to the engine, as one task if they are for clients that have nothing to do.
 
-    def wait_for(self, message_id: str, timeout: float | None) -> Message | None:
-        """The reply to a message that was sent, or None if it does not come within `timeout` seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while message_id not in self._replies:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return None
-            self._receive(left)
-        return self._replies.pop(message_id)
+        A client gets one message at a time, with its state after the one before. The answers go to `sending`, whose
+        messages these are from `position` on, or else wait to be pulled.
+        """
+        partitions = [self.partition_of(message) for message in messages]
+        idle = self._due.keys().isdisjoint(partitions) and len(set(partitions)) == len(partitions)
+        for offset, (message, partition_id) in enumerate(zip(messages, partitions, strict=True)):
+            message_id = message.metadata.message_id
+            self._on_the_way[message_id] = _OnTheWay(message, partition_id, make, sending, position + offset)
+            due = self._due.setdefault(partition_id, [])
+            due.append(message_id)
+            if not idle and len(due) == 1:
+                self._submit([message_id])
+        if idle:
+            self._submit([message.metadata.message_id for message in messages])
+
+    def _submit(self, message_ids: list[str]) -> None:
+        going = [self._on_the_way[message_id] for message_id in message_ids]
+        jobs = [Job(each.message, each.partition_id, self.states.get(each.partition_id)) for each in going]
+        seconds = [self.durations.seconds(each.partition_id, each.message.metadata.message_type) for each in going]
+        self.engine.submit(Task(jobs, going[0].make, sum(each or 0.0 for each in seconds)))
 
     def give_up(self, message_ids: set[str]) -> None:
         """Expect no reply to these any more."""
+        message_ids &= self._on_the_way.keys()
+        if not message_ids:
+            return
         self.engine.cancel(message_ids)
-        for message_id in message_ids:
-            self._replies.pop(message_id, None)
-        for partition_id in {self._partition_of.pop(key) for key in message_ids & self._partition_of.keys()}:
+        for partition_id in {self._on_the_way.pop(message_id).partition_id for message_id in message_ids}:
             self._strike(partition_id, message_ids)
 
     def _strike(self, partition_id: int, message_ids: set[str]) -> None:
         """Messages off a client's list; the one that is now the first starts."""
         first = self._due[partition_id][0]
-        left = [message for message in self._due.pop(partition_id) if message.metadata.message_id not in message_ids]
+        left = [message_id for message_id in self._due.pop(partition_id) if message_id not in message_ids]
         if left:
             self._due[partition_id] = left
-            if left[0] is not first:
-                self._submit(partition_id)
+            if left[0] != first:
+                self._submit([left[0]])
 
-    def _receive(self, timeout: float | None) -> None:
-        for answer in self.engine.collect(timeout):
-            partition_id = self._partition_of.pop(answer.message_id, None)
-            if partition_id is None:  # given up in the meantime
-                continue
-            if answer.state or partition_id in self._states:
-                self._states[partition_id] = answer.state
+    def receive(self, timeout: float | None) -> None:
+        """Take what has come to those who wait for it; waits until something has, for `timeout` seconds at most."""
+        for outcome in self.engine.collect(timeout):
+            settled = [each for answer in outcome.answers if (each := self._settle(answer))]
+            if outcome.fold is not None and settled:
+                first = settled[0]
+                assert first.sending is not None
+                first.sending.arrived(first.position, len(outcome.answers), outcome.fold)
+
+    def _settle(self, answer: Answer) -> _OnTheWay | None:
+        """A client has answered; None if its message was given up in the meantime."""
+        known = self._on_the_way.pop(answer.message_id, None)
+        if known is None:
+            return None
+        if answer.state is not None:
+            self.states[known.partition_id] = answer.state
+        self.durations.learn(known.partition_id, known.message.metadata.message_type, answer.seconds)
+        if answer.reply is not None:
             answer.reply.metadata.__dict__["_message_id"] = f"reply-to-{answer.message_id}"
-            self._replies[answer.message_id] = answer.reply
-            self._strike(partition_id, {answer.message_id})
-
-
-class Replies(Sequence[Message]):
-    """Replies as a list would hold them, except that iteration need not wait for the last one.
-
-    `stream` gives each once and keeps none, so that a server's memory does not grow with the cohort.
-    """
-
-    def __init__(self, grid: SimulationGrid, messages: list[Message], timeout: float | None) -> None:
-        self._grid = grid
-        self._ids = [message.metadata.message_id for message in messages]
-        self._unsent = messages
-        self._unsent.reverse()
-        self._left = timeout  # seconds of waiting; what the ServerApp does between two replies does not count
-        self._kept: list[Message] = []
-        self._next = self._arrivals()
-        self._fill(0)
-
-    def stream(self) -> Iterator[Message]:
-        """Each reply once, in order; afterwards this object is empty."""
-        while self._kept or self._advance():
-            yield self._kept.pop(0)
-
-    def finish(self) -> None:
-        """Wait for all that are still to come."""
-        self._kept.extend(self._next)
-
-    def _fill(self, position: int) -> None:
-        """Send up to a window ahead of the reply at `position`."""
-        if self._left is not None and self._left <= 0:
-            return
-        ahead = position + WINDOW * self._grid.engine.workers
-        while self._unsent and len(self._ids) - len(self._unsent) < ahead:
-            self._grid.send(self._unsent.pop())
-
-    def _arrivals(self) -> Iterator[Message]:
-        for position, message_id in enumerate(self._ids):
-            self._fill(position)
-            start = time.monotonic()
-            reply = self._grid.wait_for(message_id, self._left)
-            if self._left is not None:
-                self._left -= time.monotonic() - start
-            if reply is not None:
-                yield reply
-        if self._left is not None:
-            self._grid.give_up(set(self._ids))
-
-    def __iter__(self) -> Iterator[Message]:
-        position = 0
-        while position < len(self._kept) or self._advance():
-            yield self._kept[position]
-            position += 1
-
-    def _advance(self) -> bool:
-        for reply in self._next:
-            self._kept.append(reply)
-            return True
-        return False
-
-    def __len__(self) -> int:
-        self.finish()
-        return len(self._kept)
-
-    def __bool__(self) -> bool:
-        return bool(self._kept) or self._advance()
-
-    @overload
-    def __getitem__(self, index: int) -> Message: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Message]: ...
-    def __getitem__(self, index: int | slice) -> Message | list[Message]:
-        self.finish()
-        return self._kept[index]
+            if known.sending is None:
+                self._replies[answer.message_id] = answer.reply
+            else:
+                known.sending.arrived(known.position, 1, answer.reply)
+        self._strike(known.partition_id, {answer.message_id})
+        return known

@@ -2,18 +2,20 @@
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
 import ray
 from flwr.app import ArrayRecord, RecordDict
-from flwr.app.message.message import make_message
+from ray import cloudpickle
 
 from fedwsa.arrays import NumpyArray
-from fedwsa.simulation.engine import Answer, Job
+from fedwsa.simulation.engine import Outcome, Task
+from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.shared_memory import Pool, Sent, ServerEnd
+from fedwsa.simulation.worker import Packed, Place
 
 DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)  # Ray kills a worker that fills the memory
 RECORDS = 4  # array records that are kept as they were sent: a round's model is written once
@@ -28,22 +30,19 @@ class WorkerDiedError(RuntimeError):
 
 
 class Link(Protocol):
-    """To one worker, which answers jobs in the order in which it got them."""
+    """To one worker, which does tasks in the order in which it got them."""
 
     def fileno(self) -> int:
-        """Readable when there are answers, or the worker is gone."""
+        """Readable when there are outcomes, or the worker is gone."""
 
     def begin(self, packed: bytes, path: list[str]) -> None:
-        """Later jobs are for this population."""
+        """Later tasks are for this population."""
 
-    def send(self, job: Job, *, busy: bool, limit: int) -> bool:
-        """Whether the job was sent; one that is too large has to wait until the worker is not busy.
+    def send(self, task: Task, *, busy: bool) -> bool:
+        """Whether the task was sent; one that is too large has to wait until the worker is not busy."""
 
-        limit: replies that may lie in lent memory at a time.
-        """
-
-    def receive(self) -> list[Answer]:
-        """Answers that are there. Raises WorkerDiedError."""
+    def receive(self) -> list[Outcome]:
+        """Outcomes that are there. Raises WorkerDiedError."""
 
     def close(self) -> None:
         """Free what the link holds."""
@@ -52,7 +51,7 @@ class Link(Protocol):
 class Recent(OrderedDict[tuple[str | int, ...], tuple[list[Any], T]]):
     """What was made of the array records that were sent last."""
 
-    def of(self, record: ArrayRecord, make: Any) -> T:
+    def of(self, record: ArrayRecord, make: Callable[[ArrayRecord], T]) -> T:
         """What `make(record)` gave when the same numbers were sent before, or gives now."""
         values = [array.view() if isinstance(array, NumpyArray) else array.data for array in record.values()]
         key = (*record, *map(id, values))  # the entry keeps them alive, so no id is used again
@@ -63,11 +62,42 @@ class Recent(OrderedDict[tuple[str | int, ...], tuple[list[Any], T]]):
         return self[key][1]
 
 
+class _Packer:
+    """Tasks without their array records, which travel by themselves."""
+
+    def __init__(self) -> None:
+        self._make: MakeFold | None = None
+        self._pickled: bytes | None = None
+
+    def pack(self, task: Task) -> tuple[Packed, dict[Place, ArrayRecord]]:
+        """Messages of one broadcast share their content, which goes once."""
+        if task.make is not self._make:  # one a phase: pickled once
+            self._make = task.make
+            self._pickled = None if task.make is None else cloudpickle.dumps(task.make)  # type: ignore[no-untyped-call]
+        numbers: dict[int, int] = {}
+        contents: list[RecordDict] = []
+        records: dict[Place, ArrayRecord] = {}
+        jobs = []
+        for job in task.jobs:
+            content = job.message.content
+            number = numbers.setdefault(id(content), len(contents))
+            if number == len(contents):
+                rest = content.copy()
+                for key, record in content.items():
+                    if isinstance(record, ArrayRecord):
+                        records[number, key] = record
+                        rest[key] = ArrayRecord()  # keeps its place
+                contents.append(rest)
+            jobs.append((job.message.metadata, number, job.partition_id, job.state))
+        return Packed(self._pickled, contents, jobs), records
+
+
 class SharedMemory:
     """What the links to all workers on this machine share."""
 
-    def __init__(self) -> None:
-        self.pool = Pool()
+    def __init__(self, workers: int) -> None:
+        self.pool = Pool(least=3 * workers)  # a worker has a task and the next one; one more waits its turn
+        self.packer = _Packer()
         self.recent: Recent[Sent] = Recent()
         self._number = 0
 
@@ -97,18 +127,19 @@ class SharedMemoryLink:
         with suppress(OSError):  # a worker that is gone is seen by receive()
             self.end.send((packed, path), {})
 
-    def send(self, job: Job, *, busy: bool, limit: int) -> bool:
+    def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
-        rest, records = _split(job)
-        if busy and _is_large(rest):
+        if busy and _is_large(task):
             return False
-        sent = {key: self.shared.sent(record) for key, record in records.items()}
-        self.shared.pool.need(max((one.size for one in sent.values()), default=0))
+        packed, records = self.shared.packer.pack(task)
+        sent = {place: self.shared.sent(record) for place, record in records.items()}
+        largest = max((one.size for one in sent.values()), default=0)
+        self.shared.pool.need(largest * (2 if task.make else len(task.jobs)))  # a fold is of float64
         with suppress(OSError):
-            self.end.send(rest, sent, blocks=limit)
+            self.end.send(packed, sent, answer=True)
         return True
 
-    def receive(self) -> list[Answer]:
+    def receive(self) -> list[Outcome]:
         """See Link."""
         try:
             return [self.end.receive()]
@@ -132,6 +163,7 @@ class ObjectStoreLink:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self.packer = _Packer()
         self.recent: Recent[Any] = Recent()
         self.done: deque[Any] = deque()
         self.reader, self.writer = os.pipe()
@@ -144,15 +176,15 @@ class ObjectStoreLink:
         """See Link."""
         self.handle.begin.remote(packed, path)
 
-    def send(self, job: Job, *, busy: bool, limit: int) -> bool:
+    def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
-        rest, records = _split(job)
+        packed, records = self.packer.pack(task)
         references = [self.recent.of(record, ray.put) for record in records.values()]
-        reference = self.handle.handle.remote(rest, list(records), *references)
+        reference = self.handle.handle.remote(packed, list(records), *references)
         reference.future().add_done_callback(lambda _: self._finished(reference))
         return True
 
-    def receive(self) -> list[Answer]:
+    def receive(self) -> list[Outcome]:
         """See Link."""
         os.read(self.reader, 1)
         try:
@@ -170,20 +202,14 @@ class ObjectStoreLink:
         os.write(self.writer, b".")
 
 
-def _split(job: Job) -> tuple[Job, Mapping[str, ArrayRecord]]:
-    """The job with empty records in the places of those that travel by themselves, and these."""
-    content = job.message.content
-    records = {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
-    rest = RecordDict({key: ArrayRecord() if key in records else record for key, record in content.items()})
-    return Job(make_message(job.message.metadata, rest), job.partition_id, job.state), records
-
-
-def _is_large(job: Job) -> bool:
+def _is_large(task: Task) -> bool:
     """Whether what travels through the socket could fill it: client state, texts, bytes."""
     size = 0
-    for record in (*job.state.values(), *job.message.content.values()):
-        for value in record.values():
-            size += len(value) * 9 if isinstance(value, list | str | bytes) else 9
-            if not isinstance(value, list | str | bytes | int | float):
-                size += LARGE
+    for job in task.jobs:
+        content = (record for record in job.message.content.values() if not isinstance(record, ArrayRecord))
+        for record in (*(job.state or {}).values(), *content):
+            for value in record.values():
+                size += len(value) * 9 if isinstance(value, list | str | bytes) else 9
+                if not isinstance(value, list | str | bytes | int | float):
+                    size += LARGE
     return size > LARGE

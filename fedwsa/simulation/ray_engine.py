@@ -1,7 +1,6 @@
 """The clients on persistent Ray actors, one a worker."""
 
 import logging
-import math
 import os
 import queue
 import random
@@ -9,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import connection
@@ -25,22 +24,21 @@ from flwr.app import Error, Message
 from ray import cloudpickle
 
 from fedwsa.errors import RunError
-from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Job, Population
+from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Outcome, Population, Task, without
 from fedwsa.simulation.links import Link, ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
 from fedwsa.simulation.shared_memory import listen
 from fedwsa.simulation.worker import Worker
 
-DEPTH = 2  # jobs at an actor: one computes, the next one is already there
+DEPTH = 2  # tasks at an actor: one is done, the next one is already there
 START_TIMEOUT = 120.0  # seconds for Ray and for each actor to come up
-BLOCKS = 6  # blocks of shared memory for replies, for each worker: those computed and those that wait their turn
-ATTEMPTS = 3  # at a job whose actor died
+ATTEMPTS = 3  # at a task whose actor died
 
 
 @dataclass(slots=True, eq=False)
 class _Sent:
-    """A job at an actor."""
+    """A task for an actor."""
 
-    job: Job
+    task: Task
     attempt: int
 
 
@@ -48,7 +46,11 @@ class _Sent:
 class _Actor:
     handle: Any
     link: Link | None = None  # None while it starts
-    jobs: dict[str, _Sent] = field(default_factory=dict)  # by message id, in the order in which they were sent
+    tasks: deque[_Sent] = field(default_factory=deque)  # in the order in which they were sent
+
+    def seconds(self) -> float:
+        """Of work that it has."""
+        return sum(sent.task.seconds for sent in self.tasks)
 
 
 class RayEngine:
@@ -65,9 +67,8 @@ class RayEngine:
         self._owns_ray = not ray.is_initialized()
         self._packed = b""
         self._queue: deque[_Sent] = deque()
-        self._seconds: dict[tuple[int, str], float] = {}  # that a client took for a type of message
         self._actors: list[_Actor] = []
-        self._shared_memory = SharedMemory()
+        self._shared_memory = SharedMemory(self._workers)
         self._sockets = tempfile.TemporaryDirectory(prefix="fedwsa-")
         self._started: queue.SimpleQueue[tuple[_Actor, Link] | Exception] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe()
@@ -94,7 +95,7 @@ class RayEngine:
     def begin(self, population: Population) -> None:
         """See Engine."""
         self._queue.clear()
-        self.cancel({message_id for actor in self._actors for message_id in actor.jobs})
+        self.cancel({id_ for actor in self._actors for sent in actor.tasks for id_ in sent.task.message_ids})
         if self._here:
             self._here.begin(population)
         try:
@@ -105,37 +106,36 @@ class RayEngine:
             if actor.link:
                 actor.link.begin(self._packed, _path())
 
-    def submit(self, job: Job) -> None:
+    def submit(self, task: Task) -> None:
         """See Engine."""
-        self._queue.append(_Sent(job, 1))
+        self._queue.append(_Sent(task, 1))
         self._dispatch()
 
-    def collect(self, timeout: float | None) -> list[Answer]:
+    def collect(self, timeout: float | None) -> list[Outcome]:
         """See Engine."""
         self._adopt()
         if self._here and self._queue:
-            self._here.submit(self._queue.popleft().job)
+            self._here.submit(self._queue.popleft().task)
             return self._here.collect(timeout)
-        if not self._queue and not any(actor.jobs for actor in self._actors):
+        if not self._queue and not any(actor.tasks for actor in self._actors):
             return []
         links: dict[Any, _Actor] = {actor.link: actor for actor in self._actors if actor.link}
-        answers: list[Answer] = []
+        outcomes: list[Outcome] = []
         for ready in connection.wait([self._wake_reader, *links], timeout):
             if ready == self._wake_reader:
                 os.read(self._wake_reader, 1024)
                 self._adopt()
             elif links[ready] in self._actors:  # else it was replaced a moment ago
-                answers += self._receive(links[ready])
+                outcomes += self._receive(links[ready])
         self._dispatch()
-        return answers
+        return outcomes
 
     def cancel(self, message_ids: set[str]) -> None:
-        """See Engine; an actor that computes one of these is replaced."""
-        self._queue = deque(sent for sent in self._queue if sent.job.message.metadata.message_id not in message_ids)
+        """See Engine; an actor that has one of these is replaced."""
+        self._queue = deque(_without(self._queue, message_ids))
         for actor in list(self._actors):
-            if not message_ids.isdisjoint(actor.jobs):
-                others = [sent for message_id, sent in actor.jobs.items() if message_id not in message_ids]
-                self._replace(actor, others)
+            if any(not message_ids.isdisjoint(sent.task.message_ids) for sent in actor.tasks):
+                self._replace(actor, _without(actor.tasks, message_ids))
         self._dispatch()
 
     def close(self) -> None:
@@ -214,61 +214,76 @@ class RayEngine:
                 link.begin(self._packed, _path())
         self._dispatch()
 
-    def _receive(self, actor: _Actor) -> list[Answer]:
+    def _receive(self, actor: _Actor) -> list[Outcome]:
         assert actor.link is not None
         try:
-            answers = actor.link.receive()
+            outcomes = actor.link.receive()
         except WorkerDiedError as error:
             return self._crashed(actor, error)
-        for answer in answers:
-            job = actor.jobs.pop(answer.message_id).job
-            self._seconds[_kind(job)] = answer.seconds
-        return answers
+        for _ in outcomes:
+            actor.tasks.popleft()
+        return outcomes
 
-    def _crashed(self, actor: _Actor, error: Exception) -> list[Answer]:
-        """The first job at the dead actor was the one that computed: only its attempts are limited."""
-        gave_up: list[Answer] = []
-        others = list(actor.jobs.values())
-        sent = others.pop(0) if others else None
-        if sent and sent.attempt < ATTEMPTS:
-            others.insert(0, _Sent(sent.job, sent.attempt + 1))
-        elif sent:
+    def _crashed(self, actor: _Actor, error: Exception) -> list[Outcome]:
+        """The first task at the dead actor was the one that was done: only its attempts are limited.
+
+        Its jobs are sent again one by one: which of them ended the worker is not known.
+        """
+        gave_up: list[Outcome] = []
+        others = list(actor.tasks)
+        first = others.pop(0) if others else None
+        if first and first.attempt < ATTEMPTS:
+            others[:0] = [_Sent(task, first.attempt + 1) for task in singles(first.task)]
+        elif first:
             reason = f"the worker died {ATTEMPTS} times over this message: {error}"
-            reply = Message(Error(CLIENT_APP_CRASHED, reason), reply_to=sent.job.message)
-            gave_up = [Answer(sent.job.message.metadata.message_id, reply, sent.job.state)]
+            gave_up = [_refused(task, reason) for task in singles(first.task)]
         self._replace(actor, others)
         return gave_up
 
-    def _replace(self, actor: _Actor, jobs: list[_Sent]) -> None:
+    def _replace(self, actor: _Actor, tasks: list[_Sent]) -> None:
         self._end(actor)
         self._actors[self._actors.index(actor)] = self._start()
-        self._queue.extendleft(reversed(jobs))
+        self._queue.extendleft(reversed(tasks))
 
     def _end(self, actor: _Actor) -> None:
         ray.kill(actor.handle)
         if actor.link:
             actor.link.close()
 
-    def _length(self, sent: _Sent) -> float:
-        """How long the client took the last time, to a factor of √2 lest noise change the order; ∞ if not known."""
-        seconds = self._seconds.get(_kind(sent.job))
-        return math.inf if seconds is None else round(2 * math.log2(max(seconds, 1e-6)))
-
     def _dispatch(self) -> None:
-        """Jobs to the actors that have the fewest, each up to DEPTH; the longest first, so that no worker is left alone
-        with one in the end.
-        """
-        ready = [actor for actor in self._actors if actor.link]
-        while self._queue and ready:
-            actor = min(ready, key=lambda candidate: len(candidate.jobs))
-            if len(actor.jobs) >= DEPTH:
+        """Tasks to the actors that have the least to do, each up to DEPTH."""
+        while self._queue:
+            free = [actor for actor in self._actors if actor.link and len(actor.tasks) < DEPTH]
+            if not free:
                 return
-            sent = max(self._queue, key=self._length)
+            actor = min(free, key=lambda candidate: (candidate.seconds(), len(candidate.tasks)))
             assert actor.link is not None
-            if not actor.link.send(sent.job, busy=bool(actor.jobs), limit=BLOCKS * self._workers):
+            if not actor.link.send(self._queue[0].task, busy=bool(actor.tasks)):
                 return
-            self._queue.remove(sent)
-            actor.jobs[sent.job.message.metadata.message_id] = sent
+            actor.tasks.append(self._queue.popleft())
+
+
+def _without(waiting: Iterable[_Sent], message_ids: set[str]) -> list[_Sent]:
+    left = (_Sent(without(sent.task, message_ids), sent.attempt) for sent in waiting)
+    return [sent for sent in left if sent.task.jobs]
+
+
+def singles(task: Task) -> list[Task]:
+    """A task for each of its jobs."""
+    return [Task([job], task.make, task.seconds / len(task.jobs)) for job in task.jobs]
+
+
+def _refused(task: Task, reason: str) -> Outcome:
+    """An error reply in place of the one job's."""
+    (job,) = task.jobs
+    reply = Message(Error(CLIENT_APP_CRASHED, reason), reply_to=job.message)
+    given = Answer(job.message.metadata.message_id, reply, job.state)
+    if task.make is None:
+        return Outcome([given])
+    part = task.make()
+    part.add(reply)
+    given.reply = None
+    return Outcome([given], part)
 
 
 @contextmanager
@@ -279,10 +294,6 @@ def _random_kept() -> Iterator[None]:
         yield
     finally:
         random.setstate(state)
-
-
-def _kind(job: Job) -> tuple[int, str]:
-    return job.partition_id, job.message.metadata.message_type
 
 
 def _path() -> list[str]:

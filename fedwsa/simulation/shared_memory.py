@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 ALIGNMENT = 64  # bytes
 SMALL = 1 << 14  # bytes of numbers that are not worth a block
-SEEN = 8  # records and blocks that a worker keeps mapped beyond those in use
+SEEN = 8  # records that a worker keeps mapped beyond those in use
+LENT_BYTES = 1 << 28  # in all blocks together; where they are used up, answers are copied out of theirs
 
 
 class Segment:
@@ -94,12 +95,16 @@ def dumps(value: Any) -> tuple[bytes, list[memoryview]]:
 
 
 class Pool:
-    """Blocks that the server lends to workers for replies, and gets back when nobody looks at the reply any more."""
+    """Blocks that the server lends to workers for answers, and gets back when nobody looks at the answer any more.
 
-    def __init__(self) -> None:
+    least: blocks that there may be however large they are.
+    """
+
+    def __init__(self, least: int = 3) -> None:
         self.blocks: dict[int, Segment] = {}
         self.free: list[int] = []
         self.block_size = 0
+        self.least = least
         self._next = 0
 
     def need(self, size: int) -> None:
@@ -110,14 +115,16 @@ class Pool:
                 del self.blocks[number]
             self.free.clear()
 
-    def borrow(self, limit: int) -> int | None:
-        """A free block, or a new one while there are fewer than `limit`; None if the reply must do without."""
-        if self.block_size < SMALL:
+    def is_scarce(self) -> bool:
+        """Whether the next one who borrows would get nothing."""
+        return not self.free and len(self.blocks) >= max(self.least, LENT_BYTES // max(1, self.block_size))
+
+    def borrow(self) -> int | None:
+        """A free block, or a new one while there is room; None if the answer must do without."""
+        if self.block_size < SMALL or self.is_scarce():
             return None
         if self.free:
             return self.free.pop()
-        if len(self.blocks) >= limit:
-            return None
         try:
             segment = Segment(self.block_size)
         except OSError:
@@ -133,11 +140,15 @@ class Pool:
         else:
             self.free.append(number)
 
-    def lease(self, number: int) -> NDArray[np.uint8]:
-        """The block's memory; the block is free when the last view of it dies."""
-        array = np.frombuffer(self.blocks[number].memory.data, np.uint8)
-        weakref.finalize(array, self.give_back, number).atexit = False
-        return array
+    def take(self, number: int, size: int) -> NDArray[np.uint8]:
+        """The first bytes of a block that was lent: free when their last view dies, or copied if blocks are scarce."""
+        memory = np.frombuffer(self.blocks[number].memory.data, np.uint8, count=size)
+        if self.is_scarce():
+            memory = memory.copy()
+            self.give_back(number)
+        else:
+            weakref.finalize(memory, self.give_back, number).atexit = False
+        return memory
 
 
 class Sent:
@@ -170,15 +181,15 @@ class ServerEnd:
         self.blocks: set[int] = set()  # likewise
         self.lent: deque[int | None] = deque()  # for each answer that is due
 
-    def send(self, value: Any, records: Mapping[str, Sent], *, blocks: int = 0) -> None:
-        """A value with records to be put into it; an answer comes if `blocks`, the most that may be lent, is not 0.
+    def send(self, value: Any, records: Mapping[Any, Sent], *, answer: bool = False) -> None:
+        """A value with records to be put into it. answer: whether one will come.
 
         Raises OSError: the worker is gone.
         """
         fds = []
         pool = self.pool
-        block = pool.borrow(blocks) if blocks else None
-        if blocks:
+        block = pool.borrow() if answer else None
+        if answer:
             self.lent.append(block)
         new: dict[int, Any] = {}
         for sent in records.values():
@@ -211,7 +222,7 @@ class ServerEnd:
         parts: list[Any]
         if in_block:
             assert block is not None
-            parts = _parts(self.pool.lease(block), layout)
+            parts = _parts(self.pool.take(block, size), layout)
         else:
             parts = [self.connection.recv_bytes() for _ in layout]
             if block is not None:
@@ -237,7 +248,7 @@ class WorkerEnd:
         self.blocks: dict[int, Segment] = {}
         self.block: int | None = None
 
-    def receive(self) -> tuple[Any, dict[str, ArrayRecord]]:
+    def receive(self) -> tuple[Any, dict[Any, ArrayRecord]]:
         """A value and its records, which other values may share. Raises EOFError: the server is gone."""
         value, keys, new, dropped, lent, stale = pickle.loads(self.connection.recv_bytes())
         for number, (pickled, layout, size, inline, mapped) in new.items():

@@ -1,18 +1,32 @@
-"""The worker: a process that holds the client app and answers jobs, one at a time."""
+"""The worker: a process that holds the client app and does tasks, one after another."""
 
 import os
 import sys
 import traceback
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
-from flwr.app import ArrayRecord, Error, Message
+from flwr.app import ArrayRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app.message.message import make_message
+from flwr.clientapp import ClientApp
 from ray import cloudpickle
 
-from fedwsa.simulation.engine import Answer, Job, Population, answer, identify, snapshot
+from fedwsa.simulation.engine import Job, Outcome, Population, Task, identify, perform
+from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.shared_memory import WorkerEnd, connect
 
 LOAD_CLIENT_APP = 1  # Flower's error code
+
+Place = tuple[int, str]  # a record's: which of the contents, and its key there
+
+
+class Packed(NamedTuple):
+    """A task on its way: what several messages share stands there once, array records travel by themselves."""
+
+    make: bytes | None
+    contents: list[RecordDict]
+    jobs: list[tuple[Metadata, int, int, RecordDict | None]]  # which content, which partition, the client's state
 
 
 class Worker:
@@ -23,6 +37,8 @@ class Worker:
         identify()
         self.packed = b""
         self.population: Population | None = None
+        self.pickled: bytes | None = None
+        self.make: MakeFold | None = None
         self.connection: Connection | None = None
 
     def connect(self, path: str) -> int | None:
@@ -34,13 +50,13 @@ class Worker:
         return os.getpid()
 
     def serve(self) -> None:
-        """Answer what comes through the socket until the server closes it."""
+        """Do what comes through the socket until the server closes it."""
         assert self.connection is not None, "connect() comes first"
         end = WorkerEnd(self.connection)
         try:
             while True:
                 value, records = end.receive()
-                if isinstance(value, Job):
+                if isinstance(value, Packed):
                     end.send(self.handle(value, list(records), *records.values()))
                 else:
                     self.begin(*value)
@@ -50,19 +66,36 @@ class Worker:
             self.connection.close()  # whatever ends this, the server must see that no answer comes
 
     def begin(self, packed: bytes, path: list[str]) -> None:
-        """The next jobs are for this pickled population; `path` is where the server finds its modules."""
+        """The next tasks are for this pickled population; `path` is where the server finds its modules."""
         sys.path.extend(entry for entry in path if entry not in sys.path)
         self.packed, self.population = packed, None
 
-    def handle(self, job: Job, keys: list[str], *records: ArrayRecord) -> Answer:
-        """Answer one job, whose array records travelled by themselves."""
+    def handle(self, packed: Packed, places: list[Place], *records: ArrayRecord) -> Outcome:
+        """Do one task, whose array records come beside it."""
         torch.set_num_threads(self.threads)
-        for key, record in zip(keys, records, strict=True):
-            job.message.content[key] = snapshot(record)
+        for (number, key), record in zip(places, records, strict=True):
+            packed.contents[number][key] = record
+        jobs = [
+            Job(make_message(metadata, packed.contents[number]), partition_id, state)
+            for metadata, number, partition_id, state in packed.jobs
+        ]
         try:
             if self.population is None:
                 self.population = cloudpickle.loads(self.packed)
+            population = self.population
         except Exception:
-            reply = Message(Error(LOAD_CLIENT_APP, traceback.format_exc()), reply_to=job.message)
-            return Answer(job.message.metadata.message_id, reply, job.state)
-        return answer(self.population, job)
+            population = Population(_Broken(traceback.format_exc()), 0, {})
+        if packed.make != self.pickled:
+            self.pickled, self.make = packed.make, None if packed.make is None else cloudpickle.loads(packed.make)
+        return perform(population, Task(jobs, self.make))
+
+
+class _Broken(ClientApp):
+    """In place of an app that could not be loaded: says why to every message."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        return Message(Error(LOAD_CLIENT_APP, self.reason), reply_to=message)

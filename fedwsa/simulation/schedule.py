@@ -1,0 +1,66 @@
+"""Who computes what when: how long clients take, and which of them travel together. No result depends on it."""
+
+from collections.abc import Sequence
+
+from fedwsa.simulation.folding import BLOCK
+
+UNIT_SECONDS = 0.02  # of work that travels together at the most: a client that hangs takes its unit with it
+SHARE = 4  # units for each worker, at least, in what is left of a round: nobody waits long for the last one
+RECENT = 0.5  # weight of the newest time among those of a client
+
+
+class Durations:
+    """Seconds that clients take for a type of message: of rounds before, or else from the sizes of their data."""
+
+    def __init__(self, sizes: Sequence[int] | None = None) -> None:
+        self._sizes = sizes
+        self._known: dict[tuple[int, str], float] = {}
+        self._rates: dict[str, tuple[float, float]] = {}  # by type: seconds and samples so far
+
+    def learn(self, partition_id: int, message_type: str, seconds: float) -> None:
+        """A client took so long."""
+        key = (partition_id, message_type)
+        before = self._known.get(key, seconds)
+        self._known[key] = before + RECENT * (seconds - before)
+        if self._sizes is not None:
+            total, samples = self._rates.get(message_type, (0.0, 0.0))
+            self._rates[message_type] = total + seconds, samples + self._sizes[partition_id]
+
+    def seconds(self, partition_id: int, message_type: str) -> float | None:
+        """What a client will take; None if nothing tells."""
+        known = self._known.get((partition_id, message_type))
+        if known is None and self._sizes is not None and message_type in self._rates:
+            total, samples = self._rates[message_type]
+            return total / max(samples, 1.0) * self._sizes[partition_id]
+        return known
+
+    def rank(self, partition_id: int, message_type: str) -> float:
+        """Larger for clients that take longer: seconds, or before any are known sizes, or all the same."""
+        seconds = self.seconds(partition_id, message_type)
+        if seconds is not None:
+            return seconds
+        return float("inf") if self._sizes is None else float(self._sizes[partition_id])
+
+
+def units(seconds: Sequence[float | None], workers: int) -> list[int]:
+    """Sizes of the runs of neighbouring clients that travel together, in order; their sum is len(seconds).
+
+    Each is a power of two that divides its first position (what a `folding.Tree` takes), shorter than UNIT_SECONDS, and
+    smaller towards the end. A client whose time is not known travels alone.
+    """
+    sizes: list[int] = []
+    position, left = 0, sum(s for s in seconds if s is not None)
+    while position < len(seconds):
+        limit = min(UNIT_SECONDS, left / (SHARE * workers))
+        size = 1
+        while 2 * size <= BLOCK and position % (2 * size) == 0 and position + 2 * size <= len(seconds):
+            total = 0.0
+            for each in seconds[position : position + 2 * size]:
+                total += float("inf") if each is None else each
+            if total > limit:
+                break
+            size *= 2
+        left -= sum(s for s in seconds[position : position + size] if s is not None)
+        sizes.append(size)
+        position += size
+    return sizes
