@@ -5,12 +5,12 @@ from functools import lru_cache
 import torch
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
+from torch import Tensor, nn
 
 from clients.federation import Federation, federation
 from clients.training import train
 from fedwsa import messages, models
-from fedwsa.arrays import load, pack
+from fedwsa.arrays import fill, pack
 from fedwsa.config import Config, from_run_config
 from fedwsa.evaluation import evaluate
 from fedwsa.scope import measure
@@ -28,15 +28,17 @@ def train_message(message: Message, context: Context) -> Message:
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.training[client])
-    model = _model_with(message, config, holdings)
+    model, state = _model_with(message, config, holdings)
     settings = messages.config_of(message)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
     own_seed = torch_seed(config.seed[0], "client", server_round, client)
-    with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
+    kept = torch.default_generator.get_state()  # what a module draws by itself, dropout for one, comes from there
+    try:
         torch.default_generator.manual_seed(own_seed)
         order = torch.Generator().manual_seed(own_seed)
         loss = train(model, images, labels, config, order, messages.unpack_alignment(settings))
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    finally:
+        torch.default_generator.set_state(kept)
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss})
     metrics.update(messages.pack_scope(measure(state)))
     return Message(RecordDict({messages.ARRAYS: pack(state), messages.METRICS: metrics}), reply_to=message)
@@ -51,7 +53,8 @@ def evaluate_message(message: Message, context: Context) -> Message:
     images, labels = holdings.dataset.train_tensors(holdings.validation[client])
     if not len(labels):
         raise ValueError(f"client {client} holds no validation samples; raise validation-fraction or min-size")
-    loss, accuracy = evaluate(_model_with(message, config, holdings), images, labels)
+    model, _ = _model_with(message, config, holdings)
+    loss, accuracy = evaluate(model, images, labels)
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss, messages.ACCURACY: accuracy})
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
@@ -80,7 +83,7 @@ def _model(name: str, input_shape: tuple[int, int, int], num_classes: int) -> nn
     return models.build(name, input_shape, num_classes, seed=0)
 
 
-def _model_with(message: Message, config: Config, holdings: Federation) -> nn.Module:
+def _model_with(message: Message, config: Config, holdings: Federation) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The module with the numbers that the message brings, and its state dict, whose memory is nobody else's."""
     model = _model(config.model, holdings.dataset.input_shape, holdings.dataset.num_classes)
-    load(model.state_dict(), messages.arrays_of(message))
-    return model
+    return model, fill(model, messages.arrays_of(message))

@@ -147,7 +147,13 @@ def _run(config: Config, folder: Path, console: Console) -> None:
 
 def _train(config: Config, folder: Path, console: Console) -> None:
     engine = open_engine(
-        config.engine, workers=config.workers, threads_per_client=config.threads_per_client, start_here=True
+        config.engine,
+        workers=config.workers,
+        threads_per_client=config.threads_per_client,
+        start_here=True,
+        cpus_per_client=config.cpus_per_client,
+        gpus_per_client=config.gpus_per_client,
+        ray_address=config.ray_address,
     )
     with Display(config, console) as display, engine as opened:
         for one in config.federations():
@@ -159,7 +165,14 @@ def _train(config: Config, folder: Path, console: Console) -> None:
                     display.finished(name)
             if not _is_finished(one, part):
                 app = make_app(part, display.event)
-                simulate(app, client_app, one.num_clients, engine=opened, run_config=one.to_run_config())
+                simulate(
+                    app,
+                    client_app,
+                    one.num_clients,
+                    engine=opened,
+                    run_config=one.to_run_config(),
+                    client_sizes=[len(part) for part in federation(one).training],
+                )
             for name in one.strategies:
                 display.finished(name)
             _summarize(one, folder, part)

@@ -1,6 +1,7 @@
 """A Flower `Array` that keeps its numbers, and makes the bytes of `np.save` only when somebody asks for them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from io import BytesIO
 from typing import Any, cast
 
@@ -8,9 +9,14 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 _STYPE = "numpy.ndarray"  # Flower's name for np.save bytes
+
+
+@cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return str(dtype)
 
 
 class NumpyArray(Array):
@@ -21,7 +27,7 @@ class NumpyArray(Array):
 
     def __init__(self, array: NDArray[Any]) -> None:
         array = np.asarray(array)  # arithmetic on arrays without dimensions gives scalars, not arrays
-        self.__dict__.update(dtype=str(array.dtype), shape=tuple(array.shape), stype=_STYPE, _array=array)
+        self.__dict__.update(dtype=_name(array.dtype), shape=array.shape, stype=_STYPE, _array=array)
 
     @property
     def data(self) -> bytes:
@@ -53,9 +59,14 @@ class NumpyArray(Array):
 
 def pack(state: Mapping[str, Tensor]) -> ArrayRecord:
     """State dict to record; the tensors' memory is shared where they lie on the CPU, so hand over what is yours."""
+    return record_of({name: tensor.detach().cpu().contiguous().numpy() for name, tensor in state.items()})
+
+
+def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    """A record of arrays that are handed over."""
     record = ArrayRecord()
-    for name, tensor in state.items():
-        record[name] = NumpyArray(tensor.detach().cpu().contiguous().numpy())
+    # By the back door: the front one checks types, which takes longer than the rest.
+    record.__dict__["_data"].update((name, NumpyArray(array)) for name, array in arrays.items())
     return record
 
 
@@ -85,10 +96,39 @@ def load(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> None:
     Numbers take the tensors' own types; integers (counters) are rounded to the nearest, since some strategies
     average them as floats. Raises ValueError naming what differs, where names or shapes do.
     """
+    for tensor, values in _matched(state, record):
+        _write(tensor, values)
+
+
+def fill(module: nn.Module, record: Mapping[str, Array]) -> dict[str, Tensor]:
+    """Give a module the numbers of a record, in memory of its own: what it had before belongs to whoever has it.
+
+    So a client may hand its trained tensors over without a copy. Returns them by name, as `state_dict` does; errors as
+    `load`.
+    """
+    state = module.state_dict(keep_vars=True)
+    for tensor, values in _matched(state, record):
+        fresh = torch.empty_like(tensor, requires_grad=False)
+        _write(fresh, values)
+        tensor.data = fresh
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _write(tensor: Tensor, values: NDArray[Any]) -> None:
+    if tensor.device.type == "cpu":
+        np.copyto(tensor.detach().numpy(), values, casting="unsafe")  # the values' memory may be read-only
+    else:
+        tensor.detach().copy_(torch.tensor(values).pin_memory(), non_blocking=True)
+
+
+def _matched(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> Iterator[tuple[Tensor, NDArray[Any]]]:
+    """Each tensor with its numbers, in its type."""
     if unlike := state.keys() ^ record.keys():
         raise ValueError(f"array names differ from the model's: {sorted(unlike)}")
     for name, tensor in state.items():
-        if tuple(tensor.shape) != record[name].shape:
-            raise ValueError(f"{name}: shape {record[name].shape}, the model has {tuple(tensor.shape)}")
-        own = tensor.numpy()
-        np.copyto(own, as_type(view(record[name]), own.dtype))
+        values = view(record[name])
+        if tuple(tensor.shape) != values.shape:
+            raise ValueError(f"{name}: shape {values.shape}, the model has {tuple(tensor.shape)}")
+        if values.dtype.kind == "f" and not tensor.is_floating_point():
+            values = np.rint(values)
+        yield tensor, values

@@ -130,7 +130,12 @@ class Config(_Section):
     engine: Literal["ray", "inprocess"] = "ray"
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: one a core
     threads_per_client: Annotated[int, Field(ge=1)] = 1
+    cpus_per_client: Positive = 1.0  # of Ray's; 0.5: two clients on a core
+    gpus_per_client: NonNegative = 0.0  # of Ray's; 0.25: four clients on a card; 0: clients compute on the CPU
+    ray_address: str = ""  # of a cluster to join, "auto" for the one here; empty: Ray is started on this machine
     timeout: Positive = 600.0  # of one phase of a round
+    on_client_failure: Literal["skip", "fail"] = "skip"  # leave the client out of the round, or end the run
+    min_replies: Annotated[int, Field(ge=1)] = 1  # usable ones that a training round needs
     checkpoint_every: Annotated[int, Field(ge=1)] = 1  # rounds
     runs_dir: str = "runs"
     out_dir: str = ""  # empty: <runs-dir>/<time>-<name>
@@ -145,6 +150,12 @@ class Config(_Section):
         for key, value in (("cohort", self.cohort), ("evaluation-cohort", self.evaluation_cohort)):
             if value > self.num_clients:
                 yield {key, "num-clients"}, f"{key} = {value}: allowed is at most num-clients = {self.num_clients}"
+        if self.min_replies > self.cohort:
+            line = f"min-replies = {self.min_replies}: allowed is at most cohort = {self.cohort}"
+            yield {"min-replies", "cohort"}, line
+        if self.engine == "inprocess" and (self.gpus_per_client or self.ray_address):
+            key = "gpus-per-client" if self.gpus_per_client else "ray-address"
+            yield {"engine", key}, f'{key}: with engine = "inprocess" it means nothing; allowed is engine = "ray"'
         if "np-merge" in self.strategies and self.server_samples == 0:
             line = "server-samples = 0: np-merge learns on the server's split; allowed with it is a whole number ≥ 1"
             yield {"server-samples", "strategies"}, line

@@ -4,6 +4,8 @@ A layer has n weights of mean μ and population variance σ²; a subscript t mar
 CPU. The idea is arXiv 2408.12237's; the closed forms of gradient and proximal map are ours.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +97,7 @@ def measure(tensors: Mapping[str, Tensor], is_layer: LayerPredicate = is_layer) 
     return WeightScope(tuple(layers), table[:, 0].clone(), table[:, 1].clone())
 
 
-def check_same_layers(scope: WeightScope, target: WeightScope) -> None:
+def check_same_layers(scope: WeightScope | Scopes, target: WeightScope | Scopes) -> None:
     """Raise ValueError unless both scopes describe the same layers in the same order."""
     if scope.names == target.names:
         return
@@ -132,8 +134,32 @@ def _kl(means: Tensor, variances: Tensor, target: WeightScope) -> Tensor:
     return (0.5 * (ratio - 1 - ratio.log() + shift)).masked_fill(~usable, 0)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scopes:
+    """Scopes of K clients that describe the same layers: float64 CPU tensors, means and variances [K, L]."""
+
+    names: tuple[str, ...]
+    means: Tensor
+    variances: Tensor
+
+    @classmethod
+    def of(cls, scopes: Sequence[WeightScope]) -> Scopes:
+        """Put them together. Raises ValueError for none, or for unlike layers."""
+        if not scopes:
+            raise ValueError("at least one scope is needed, got 0 scopes")
+        for scope in scopes[1:]:
+            check_same_layers(scope, scopes[0])
+        means, variances = (
+            torch.stack([getattr(scope, field) for scope in scopes]) for field in ("means", "variances")
+        )
+        return cls(scopes[0].names, means, variances)
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+
 def fuse(
-    scopes: Sequence[WeightScope],
+    scopes: Sequence[WeightScope] | Scopes,
     weights: Sequence[float],
     variance: str = "mean",
     merged: WeightScope | None = None,
@@ -150,36 +176,32 @@ def fuse(
     if variance not in VARIANCE_FUSIONS:
         raise ValueError(f"variance must be one of {', '.join(VARIANCE_FUSIONS)}, got {variance!r}")
     shares = _shares(scopes, weights)
-    for scope in scopes[1:]:
-        check_same_layers(scope, scopes[0])
+    every = scopes if isinstance(scopes, Scopes) else Scopes.of(scopes)
     if variance == "merged":
         if merged is None:
             raise ValueError("variance='merged' needs the scope of the merged model, pass it as merged=")
-        check_same_layers(merged, scopes[0])
+        check_same_layers(merged, every)
         return merged
-    all_means = torch.stack([scope.means for scope in scopes])
-    all_variances = torch.stack([scope.variances for scope in scopes])
-    means = (shares * all_means).sum(0)
+    means, variances = (shares * every.means).sum(0), every.variances
     if variance == "mixture":
-        all_variances = all_variances + (all_means - means).square()
+        variances = variances + (every.means - means).square()
     elif variance == "independent":
         shares = shares.square()
-    return WeightScope(scopes[0].names, means, (shares * all_variances).sum(0))
+    return WeightScope(every.names, means, (shares * variances).sum(0))
 
 
-def scope_distance(scopes: Sequence[WeightScope], weights: Sequence[float], fused: WeightScope) -> Tensor:
+def scope_distance(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[float], fused: WeightScope) -> Tensor:
     """How far the clients are from the fused scope: Σ_k p_k KL(client k ‖ fused) per layer, in nats. Shape [L].
 
     Weights as for `fuse`, with the same errors.
     """
     shares = _shares(scopes, weights)
-    for scope in scopes:
-        check_same_layers(scope, fused)
-    means, variances = (torch.stack([getattr(scope, field) for scope in scopes]) for field in ("means", "variances"))
-    return (shares * _kl(means, variances, fused)).sum(0)
+    every = scopes if isinstance(scopes, Scopes) else Scopes.of(scopes)
+    check_same_layers(every, fused)
+    return (shares * _kl(every.means, every.variances, fused)).sum(0)
 
 
-def _shares(scopes: Sequence[WeightScope], weights: Sequence[float]) -> Tensor:
+def _shares(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[float]) -> Tensor:
     """Weights divided by their sum, [K, 1]."""
     if not 0 < len(scopes) == len(weights):
         raise ValueError(

@@ -1,5 +1,7 @@
 """Sums over replies. What is summed can be done in parts and put together, by `fedwsa.simulation.folding`."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -8,10 +10,12 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fedwsa import messages
-from fedwsa.arrays import NumpyArray, as_type, view
-from fedwsa.scope import WeightScope, fuse, scope_distance
+from fedwsa.arrays import as_type, record_of, view
+from fedwsa.scope import Scopes, WeightScope, fuse, scope_distance
 
 SCOPE_DISTANCE = "scope-distance"
+STRETCH = 1 << 13  # numbers that are summed at a time: 64 KiB
+AT_ONCE = 8  # replies that are kept until they are summed
 
 
 def weight_of(metrics: MetricRecord) -> float:
@@ -19,65 +23,140 @@ def weight_of(metrics: MetricRecord) -> float:
     return float(metrics[messages.NUM_EXAMPLES])  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    """One client's arrays, flat, and its weight."""
+
+    values: list[NDArray[Any]]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Two terms, to be added in this order."""
+
+    one: "_Term"
+    other: "_Term"
+
+
+_Term = _Reply | _Pair | list[NDArray[np.float64]]  # the last: sums, an array each
+
+
 class MeanModel:
     """Σ w_k θ_k / Σ w_k, one model's memory whatever the cohort: float64 sums, the arrays' own types at the end.
 
-    Integer arrays (counters) are averaged in float64 too and rounded to the nearest.
+    Integer arrays (counters) are averaged in float64 too and rounded to the nearest. Replies are not copied when they
+    are added but summed some at a time, a stretch that fits the processor's cache after the other: models do not.
     """
 
     def __init__(self) -> None:
         self.layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and type by name
-        self.sums: NDArray[np.float64] = np.empty(0)  # all arrays after each other
         self.weight = 0.0
+        self._term: _Term | None = None
+        self._replies = 0  # in the term
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:
         """Raises ValueError naming what differs, where names or shapes do."""
         values = {name: view(array) for name, array in arrays.items()}
         one = MeanModel()
         one.layout = {name: (value.shape, value.dtype) for name, value in values.items()}
-        one.sums = np.empty(sum(value.size for value in values.values()))
         one.weight = weight
-        start = 0
-        for value in values.values():
-            part = one.sums[start : start + value.size].reshape(value.shape)
-            np.multiply(value, weight, out=part, dtype=np.float64)
-            start += value.size
+        one._term = _Reply([value.reshape(-1) for value in values.values()], weight)
+        one._replies = 1
         self.merge(one)
 
-    def merge(self, later: Self) -> None:
+    def merge(self, later: "MeanModel") -> None:
         """Take over what another has summed; it is not used again. Raises ValueError as `add`."""
-        if not later.layout:
+        term = later._term
+        if term is None:
             return
-        if not self.layout:
-            self.layout, self.sums, self.weight = later.layout, later.sums, later.weight
+        if self._term is None:
+            self.layout, self.weight, self._term, self._replies = later.layout, later.weight, term, later._replies
             return
-        if unlike := self.layout.keys() ^ later.layout.keys():
-            raise ValueError(f"array names differ: {sorted(unlike)}")
-        for name, (shape, _) in later.layout.items():
-            if shape != self.layout[name][0]:
-                raise ValueError(f"{name}: shape {shape}, others have {self.layout[name][0]}")
-        self.sums += later.sums if list(self.layout) == list(later.layout) else later.ordered(list(self.layout))
+        if list(self.layout) != list(later.layout):
+            term = later._ordered(list(self.layout))
+        for name, (shape, _) in self.layout.items():
+            if shape != later.layout[name][0]:
+                raise ValueError(f"{name}: shape {later.layout[name][0]}, others have {shape}")
         self.weight += later.weight
-
-    def ordered(self, names: list[str]) -> NDArray[np.float64]:
-        """The sums with the arrays in another order."""
-        parts = self._parts()
-        return np.concatenate([parts[name].ravel() for name in names])
+        self._replies += later._replies
+        if isinstance(self._term, list):
+            self._replies = 0
+            for total, values in zip(self._term, _stretches(term, len(self._term)), strict=True):
+                for stretch, part in values:
+                    total[stretch] += part
+        else:
+            self._term = _Pair(self._term, term)
+            if self._replies >= AT_ONCE:
+                self._settle()
 
     def record(self) -> ArrayRecord:
         """The mean of what was added."""
-        mean = ArrayRecord()
-        for name, total in self._parts().items():
-            mean[name] = NumpyArray(as_type(total / self.weight, self.layout[name][1]))
-        return mean
+        means = zip(self.layout.items(), self._settle(), strict=True)
+        return record_of(
+            {name: as_type((sum_ / self.weight).reshape(shape), kind) for (name, (shape, kind)), sum_ in means}
+        )
 
-    def _parts(self) -> dict[str, NDArray[np.float64]]:
-        parts, start = {}, 0
-        for name, (shape, _) in self.layout.items():
-            size = int(np.prod(shape))
-            parts[name] = self.sums[start : start + size].reshape(shape)
-            start += size
-        return parts
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels is the sums, or the one reply as it came, which is half as large."""
+        if self._replies > 1:
+            self._settle()
+        return self.__dict__
+
+    def _settle(self) -> list[NDArray[np.float64]]:
+        """The sums, made now if they are not yet."""
+        if self._term is None:
+            return []
+        if not isinstance(self._term, list):
+            sums = [np.empty(int(np.prod(shape))) for shape, _ in self.layout.values()]
+            for total, values in zip(sums, _stretches(self._term, len(sums)), strict=True):
+                for stretch, part in values:
+                    total[stretch] = part
+            self._term, self._replies = sums, 0
+        return self._term
+
+    def _ordered(self, names: list[str]) -> _Term:
+        """The sums with the arrays in another order."""
+        if unlike := set(names) ^ self.layout.keys():
+            raise ValueError(f"array names differ: {sorted(unlike)}")
+        sums = dict(zip(self.layout, self._settle(), strict=True))
+        return [sums[name] for name in names]
+
+
+def _stretches(term: _Term, arrays: int) -> Iterator[Iterator[tuple[slice, NDArray[np.float64]]]]:
+    """For each array the sums of its stretches, one after the other in the same memory."""
+    buffers: list[NDArray[np.float64]] = []
+    for number in range(arrays):
+        yield _stretches_of(term, number, buffers)
+
+
+def _stretches_of(
+    term: _Term, number: int, buffers: list[NDArray[np.float64]]
+) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    some = term
+    while isinstance(some, _Pair):
+        some = some.one
+    size = (some.values if isinstance(some, _Reply) else some)[number].size
+    for start in range(0, size, STRETCH):
+        stretch = slice(start, min(start + STRETCH, size))
+        yield stretch, _sum(term, number, stretch, buffers, 0)
+
+
+def _sum(
+    term: _Term, number: int, stretch: slice, buffers: list[NDArray[np.float64]], depth: int
+) -> NDArray[np.float64]:
+    """A stretch of one array of a term; in the buffer of this depth unless it is there already."""
+    if isinstance(term, list):
+        return term[number][stretch]
+    if len(buffers) == depth:
+        buffers.append(np.empty(STRETCH))
+    own = buffers[depth][: stretch.stop - stretch.start]
+    if isinstance(term, _Reply):
+        np.multiply(term.values[number][stretch], term.weight, out=own, dtype=np.float64)
+        return own
+    one = _sum(term.one, number, stretch, buffers, depth)
+    np.add(one, _sum(term.other, number, stretch, buffers, depth + 1), out=own)
+    return own
 
 
 class MeanMetrics:
@@ -129,18 +208,21 @@ class ScopeStatistics:
 
     def fused(self, variance: str = "mean", merged: WeightScope | None = None) -> WeightScope | None:
         """See `fedwsa.scope.fuse`; None if no client sent a scope."""
-        return fuse(self._scopes(), self.weights, variance, merged) if self.numbers else None
+        return fuse(self.scopes(), self.weights, variance, merged) if self.numbers else None
 
     def metrics(self, fused: WeightScope | None) -> dict[str, list[float]]:
         """The fused scope, and the distance Σ_k p_k KL(client k ‖ fused) in nats; one number a layer each."""
         if fused is None:
             return {}
-        distance = scope_distance(self._scopes(), self.weights, fused)
+        distance = scope_distance(self.scopes(), self.weights, fused)
         return {**messages.pack_scope(fused), SCOPE_DISTANCE: distance.tolist()}
 
-    def _scopes(self) -> list[WeightScope]:
-        table = torch.tensor(self.numbers, dtype=torch.float64)
-        return [WeightScope(names, *rows) for names, rows in zip(self.layers, table, strict=True)]
+    def scopes(self) -> Scopes:
+        """All of them. Raises ValueError if the clients' layers differ."""
+        table = torch.tensor(self.numbers, dtype=torch.float64)  # [K, 2, L]
+        if unlike := next((layers for layers in self.layers if layers != self.layers[0]), None):
+            raise ValueError(f"clients' layers differ: {sorted(set(unlike) ^ set(self.layers[0]))}")
+        return Scopes(self.layers[0], table[:, 0], table[:, 1])
 
 
 class MeanFold:

@@ -79,7 +79,8 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
         strategy_folder = StrategyFolder(folder / name)
         if strategy_folder.final.exists():
             continue
-        gate = Gate(strategies.build(name, config, holdout))
+        strategy = strategies.build(name, config, holdout)
+        gate = Gate(strategy, min_replies=config.min_replies, fail=config.on_client_failure == "fail")
         Rounds(name, gate, grid, config, strategy_folder, evaluate_arrays, notify).run(
             {name: tensor.clone() for name, tensor in initial.items()}
         )

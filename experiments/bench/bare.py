@@ -7,9 +7,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from experiments.bench.workloads import Stopwatch, Workload, arguments, local_epoch, tensors
-
-PROCESSES = 2
+from experiments.bench.workloads import WORKERS, WORKLOADS, Stopwatch, Workload, arguments, local_epoch, tensors
 
 
 def worker(rank: int, workload: Workload, rounds: int, model_vector: Tensor, sums: Tensor, barrier: Any) -> None:
@@ -21,7 +19,7 @@ def worker(rank: int, workload: Workload, rounds: int, model_vector: Tensor, sum
     for server_round in range(rounds):
         barrier.wait()
         total = torch.zeros_like(model_vector)
-        for position in range(rank, workload.cohort, PROCESSES):
+        for position in range(rank, workload.cohort, WORKERS):
             with torch.no_grad():
                 vector_to_parameters(model_vector.clone(), parameters)
             shard = workload.shard(server_round * workload.cohort + position)
@@ -34,16 +32,17 @@ def worker(rank: int, workload: Workload, rounds: int, model_vector: Tensor, sum
 
 def main() -> None:
     """Rounds in step with the workers; the first one includes their start."""
-    workload, rounds = arguments()
+    name, rounds, _ = arguments()
+    workload = WORKLOADS[name]
     torch.set_num_threads(1)
     watch = Stopwatch()
     model_vector = parameters_to_vector(workload.build().parameters()).detach().share_memory_()  # type: ignore[no-untyped-call]
-    sums = torch.zeros(PROCESSES, model_vector.numel()).share_memory_()  # type: ignore[no-untyped-call]
+    sums = torch.zeros(WORKERS, model_vector.numel()).share_memory_()  # type: ignore[no-untyped-call]
     context = mp.get_context("spawn")
-    barrier = context.Barrier(PROCESSES + 1)
+    barrier = context.Barrier(WORKERS + 1)
     workers = [
         context.Process(target=worker, args=(rank, workload, rounds, model_vector, sums, barrier))
-        for rank in range(PROCESSES)
+        for rank in range(WORKERS)
     ]
     for process in workers:
         process.start()
@@ -54,7 +53,6 @@ def main() -> None:
         watch.lap()
     for process in workers:
         process.join()
-    watch.report()
 
 
 if __name__ == "__main__":

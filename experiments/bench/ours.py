@@ -1,52 +1,66 @@
 """Our own app under our engine: what `fedwsa run` does, without evaluation, as the other contestants have none."""
 
 import logging
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from clients.client_app import app as client_app
-from experiments.bench.workloads import BATCH, LEARNING_RATE, Stopwatch, arguments
-from fedwsa.config import parse
-from fedwsa.simulation import open_engine, simulate
+from experiments.bench.workloads import BATCH, LEARNING_RATE, WORKERS, WORKLOADS, Stopwatch, Workload, arguments
+from fedwsa.config import Config, parse
+from fedwsa.simulation import Engine, open_engine, simulate
+from strategies.rounds import Event, Notify
 from strategies.server_app import make_app
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "ray": {"name": "ray", "workers": WORKERS},  # all workers are up before round 1
+    "ray-start-here": {"name": "ray", "workers": WORKERS, "start_here": True},  # as `fedwsa run` does
+    "inprocess": {"name": "inprocess"},
+}
+
+
+def make_config(workload: Workload, rounds: int) -> Config:
+    """One strategy, FedAvg; the final model alone is evaluated and kept."""
+    values = {
+        "strategies": "fedavg",
+        "data": "fashion-mnist",
+        "partitioner": f"experiments.bench.workloads:{workload.partitioner}",
+        "min-size": workload.samples if workload.partitioner == "equal" else 1,
+        "num-clients": workload.clients,
+        "cohort": workload.cohort,
+        "evaluation-cohort": 0,
+        "validation-fraction": 0.0,
+        "server-samples": 0,
+        "model": workload.model,
+        "rounds": rounds,
+        "evaluate-every": rounds,
+        "checkpoint-every": rounds,
+        "local-epochs": 1,
+        "batch-size": BATCH,
+        "learning-rate": LEARNING_RATE,
+    }
+    return parse(values)
+
+
+def run(config: Config, notify: Notify, engine: Engine) -> None:
+    """A whole run, in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        server_app = make_app(Path(folder), notify)
+        simulate(server_app, client_app, config.num_clients, engine=engine, run_config=config.to_run_config())
 
 
 def main() -> None:
-    """One strategy, FedAvg; a third argument names another engine."""
-    workload, rounds = arguments()
+    """The third argument is one of ENGINES."""
+    name, rounds, engine_name = arguments()
     logging.getLogger("flwr").setLevel(logging.WARNING)
     watch = Stopwatch()
-    config = parse(
-        {
-            "strategies": "fedavg",
-            "data": "fashion-mnist",
-            "partitioner": "experiments.bench.workloads:shards",
-            "num-clients": workload.clients,
-            "cohort": workload.cohort,
-            "evaluation-cohort": 0,
-            "validation-fraction": 0.0,
-            "server-samples": 0,
-            "model": workload.model,
-            "rounds": rounds,
-            "evaluate-every": rounds,
-            "checkpoint-every": rounds,
-            "local-epochs": 1,
-            "batch-size": BATCH,
-            "learning-rate": LEARNING_RATE,
-        }
-    )
 
-    def lap(strategy: str, event: dict[str, Any]) -> None:
+    def lap(strategy: str, event: Event) -> None:
         if event["phase"] == "train":
             watch.lap()
 
-    name = sys.argv[3] if len(sys.argv) > 3 else "ray"
-    with tempfile.TemporaryDirectory() as folder, open_engine(name, workers=2) as engine:
-        server_app = make_app(Path(folder), lap)
-        simulate(server_app, client_app, workload.clients, engine=engine, run_config=config.to_run_config())
-    watch.report()
+    with open_engine(**ENGINES[engine_name]) as engine:
+        run(make_config(WORKLOADS[name], rounds), lap, engine)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,36 @@
-"""An app written against Flower alone, under our engine (`ours`) or Flower's own simulator (`stock`)."""
+"""An app written against Flower alone, in one script, under our engine (`ours`) or Flower's own simulator (`stock`).
+
+Run as a script it is `__main__`, and Flower pickles it by value for every client: what a client leaves in `cache` is
+gone for the next one. `imported` runs the same app from a module that the workers can import, where `cache` stays.
+"""
 
 import os
-import sys
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 
 import logging
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
 
-from experiments.bench.workloads import Stopwatch, arguments, local_epoch, tensors
+from experiments.bench.workloads import WORKERS, WORKLOADS, Stopwatch, arguments, load, local_epoch
 
-workload, rounds = arguments()
-client, server, watch = ClientApp(), ServerApp(), Stopwatch()
+client, server = ClientApp(), ServerApp()
+cache: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 @client.train()
 def train(message: Message, context: Context) -> Message:
     """One local epoch, as Flower's quickstart for PyTorch does it."""
     torch.set_num_threads(1)
-    images, labels = tensors()
+    if "training" not in cache:
+        cache["training"] = load()
+    images, labels = cache["training"]
+    workload = WORKLOADS[str(message.content.config_records["config"]["workload"])]
     model = workload.build()
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     shard = workload.shard(int(context.node_config["partition-id"]))
@@ -35,6 +42,8 @@ def train(message: Message, context: Context) -> Message:
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's FedAvg; the central evaluation only takes the time."""
+    name, rounds, _ = arguments()
+    workload, watch = WORKLOADS[name], Stopwatch()
 
     def lap(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         if server_round:
@@ -50,21 +59,31 @@ def main(grid: Grid, context: Context) -> None:
         grid=grid,
         initial_arrays=ArrayRecord(workload.build().state_dict()),
         num_rounds=rounds,
+        train_config=ConfigRecord({"workload": name}),
         evaluate_fn=lap,
     )
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """With two workers, one CPU each."""
+    name, _, engine_name = arguments()
+    clients = WORKLOADS[name].clients
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    if sys.argv[3] == "stock":
+    if engine_name == "stock":
         from flwr.simulation import run_simulation
 
         run_simulation(
-            server, client, workload.clients, backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+            server,
+            client,
+            clients,
+            backend_config={"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": WORKERS}},
         )
     else:
         from fedwsa.simulation import open_engine, simulate
 
-        with open_engine("ray", workers=2) as engine:
-            simulate(server, client, workload.clients, engine=engine)
-    watch.report()
+        with open_engine("ray", workers=WORKERS) as engine:
+            simulate(server, client, clients, engine=engine)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,7 +1,5 @@
-"""The one workload that every contestant runs: same samples, model, optimiser and cohort."""
+"""The workloads that every contestant runs: same samples, model, optimiser and cohort."""
 
-import json
-import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +14,10 @@ from torch import Tensor, nn
 from fedwsa import data, models
 
 BATCH, LEARNING_RATE = 50, 0.05
+WORKERS = 2  # clients that compute at the same time, one thread each
+LARGEST = 3000  # samples of a client of `unequal`
+
+Indices = NDArray[np.int64]
 
 
 class SmallCNN(nn.Module):
@@ -36,19 +38,23 @@ class SmallCNN(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """Clients with equal shards of Fashion-MNIST, one local epoch of plain SGD each."""
+    """Clients with shards of Fashion-MNIST, one local epoch of plain SGD each.
+
+    samples: of each client, or of a client on average where the shards are unequal.
+    """
 
     model: str
     clients: int
     cohort: int
     samples: int
+    partitioner: str = "equal"
 
     def build(self) -> nn.Module:
         """A new model, the same for every contestant."""
         return models.build(self.model, (1, 28, 28), 10, seed=0)
 
     def shard(self, client: int) -> slice:
-        """A client's samples; shards are used again where there are more clients than shards."""
+        """A client's samples where the shards are equal; they are used again where there are more clients."""
         start = client % (60_000 // self.samples) * self.samples
         return slice(start, start + self.samples)
 
@@ -59,20 +65,37 @@ WORKLOADS = {
     "cnn": Workload(CNN, 100, 10, 600),
     "tiny": Workload("mlp", 1000, 100, 60),
     "many": Workload("mlp", 10_000, 100, 60),
+    "few": Workload("mlp", 100, 100, 60),  # what `many` is compared with
+    "unequal": Workload(CNN, 20, 20, 600, "unequal"),
 }
 
 
-def shards(labels: NDArray[np.int64], num_clients: int, *, rng: np.random.Generator) -> list[NDArray[np.int64]]:
-    """The workload's shards as a partitioner; `many` clients share samples, which a real partition never does."""
-    workload = next(w for w in WORKLOADS.values() if w.clients == num_clients)
-    return [np.arange(len(labels))[workload.shard(client)] for client in range(num_clients)]
+def equal(labels: Indices, num_clients: int, min_size: int, *, rng: np.random.Generator) -> list[Indices]:
+    """`Workload.shard` as a partitioner; `many` clients share samples, which a real partition never does."""
+    workload = Workload("", num_clients, num_clients, min_size)
+    shards = [workload.shard(client) for client in range(num_clients)]
+    return [np.arange(shard.start, shard.stop) for shard in shards]
 
 
-@cache
-def tensors() -> tuple[Tensor, Tensor]:
-    """All training images, normalised, and labels."""
+def unequal(labels: Indices, num_clients: int, *, rng: np.random.Generator) -> list[Indices]:
+    """Contiguous shards of `client_sizes`."""
+    ends = np.cumsum(client_sizes(num_clients, WORKLOADS["unequal"].samples, rng))
+    return np.split(np.arange(len(labels)), ends)[:-1]
+
+
+def client_sizes(num_clients: int, mean: int, rng: np.random.Generator) -> Indices:
+    """Proportions drawn from Dir(½, …, ½) of `mean` samples a client, clipped to 1 … LARGEST; the total may differ."""
+    proportions = rng.dirichlet(np.full(num_clients, 0.5))
+    return np.clip(np.rint(proportions * mean * num_clients), 1, LARGEST).astype(np.int64)
+
+
+def load() -> tuple[Tensor, Tensor]:
+    """Read all training images, normalised, and labels."""
     dataset = data.load("fashion-mnist")
     return dataset.train_tensors(np.arange(len(dataset.train_labels)))
+
+
+tensors = cache(load)
 
 
 def local_epoch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -84,26 +107,23 @@ def local_epoch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         optimizer.step()
 
 
-def arguments() -> tuple[Workload, int]:
-    """Workload and number of rounds from the command line."""
-    return WORKLOADS[sys.argv[1]], int(sys.argv[2])
+def arguments() -> tuple[str, int, str]:
+    """Name of the workload, number of rounds, and what the contestant takes besides, from the command line."""
+    name, rounds, *rest = sys.argv[1:]
+    return name, int(rounds), rest[0] if rest else ""
 
 
 class Stopwatch:
-    """Round times, the first apart; says on standard output when the first round has ended."""
+    """Says on standard output how long each round took, when it has ended: `lap 0.123`, seconds."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """A round begins now."""
         self.last = time.perf_counter()
 
     def lap(self) -> None:
-        """A round has ended."""
-        now = time.perf_counter()
-        self.times.append(now - self.last)
-        self.last = now
-        if len(self.times) == 1:
-            print("first round", flush=True)
-
-    def report(self) -> None:
-        """Median of the rounds after the first, in seconds."""
-        print(json.dumps({"median_round_s": statistics.median(self.times[1:]), "rounds": len(self.times)}), flush=True)
+        """A round has ended, and the next one begins."""
+        print(f"lap {time.perf_counter() - self.last:.6f}", flush=True)
+        self.restart()

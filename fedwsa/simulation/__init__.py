@@ -1,7 +1,7 @@
 """Simulated federations: any Flower ServerApp and ClientApp, unchanged, on this machine's cores."""
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flwr.app import Context, RecordDict
@@ -18,22 +18,32 @@ ENGINES = ("inprocess", "ray")
 
 @contextmanager
 def open_engine(
-    name: str = "ray", *, workers: int = 0, threads_per_client: int = 1, start_here: bool = False
+    name: str = "ray",
+    *,
+    workers: int = 0,
+    threads_per_client: int = 1,
+    start_here: bool = False,
+    cpus_per_client: float = 1.0,
+    gpus_per_client: float = 0.0,
+    ray_address: str = "",
 ) -> Iterator[Engine]:
     """An engine for as many simulations as one likes, closed at the end.
 
     name: `inprocess` (the clients one after another, here) or `ray` (persistent actors side by side).
-    workers: clients that compute at the same time (`ray` only); 0: one a core.
+    workers: clients that compute at the same time (`ray` only); 0: as many as fit.
     threads_per_client: PyTorch threads of each; the results depend on it, not on `workers`.
     start_here: (`ray` only) let this process answer while the workers start; not for a ServerApp that draws from the
         global `random`.
+    cpus_per_client, gpus_per_client: (`ray` only) what each of them gets; 0.25 puts four clients on a core or card.
+    ray_address: (`ray` only) the cluster to join, "auto" for the one on this machine; empty: Ray is started here.
     """
     if name not in ENGINES:
         raise ValueError(f"engine = {name!r}: allowed are {', '.join(ENGINES)}")
     engine: Engine
     if name == "ray":  # Ray is imported only where it is used: it takes 0.3 s
         module = importlib.import_module("fedwsa.simulation.ray_engine")
-        engine = module.RayEngine(workers, threads_per_client, start_here=start_here)
+        resources = module.Resources(cpus_per_client, gpus_per_client, ray_address)
+        engine = module.RayEngine(workers, threads_per_client, start_here=start_here, resources=resources)
     else:
         engine = InProcessEngine(threads_per_client)
     try:
@@ -49,22 +59,26 @@ def simulate(
     *,
     engine: Engine | str = "ray",
     run_config: RunConfig | None = None,
+    client_sizes: Sequence[int] | None = None,
 ) -> Context:
     """Run a federation: `server_app` against `num_clients` clients that run `client_app`.
 
     The clients see `partition-id` (0 … num_clients − 1) and `num-partitions` in their node config, and both apps see
     `run_config`. engine: an open one, or the name of one to open for this simulation alone.
+    client_sizes: samples of each client, so that the first round can begin with the longest; later ones know.
     Returns the server's context after the run; what the ServerApp raises is raised here.
     """
     if not num_clients >= 1:
         raise ValueError(f"num_clients must be ≥ 1, got {num_clients!r}")
     if isinstance(engine, str):
         with open_engine(engine) as opened:
-            return simulate(server_app, client_app, num_clients, engine=opened, run_config=run_config)
+            return simulate(
+                server_app, client_app, num_clients, engine=opened, run_config=run_config, client_sizes=client_sizes
+            )
     identify()
     config = dict(run_config or {})
     engine.begin(Population(client_app, num_clients, config))
-    grid = SimulationGrid(engine, num_clients)
+    grid = SimulationGrid(engine, num_clients, client_sizes)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
     server_app(grid, context)
     grid.finish()

@@ -5,7 +5,7 @@ import traceback
 from collections import deque
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedwsa.simulation.folding import Fold, MakeFold, Tree
+from fedwsa.tracing import Slice, span
 
 CLIENT_APP_RAISED, CLIENT_APP_CRASHED = 2, 8  # Flower's error codes
 
@@ -74,6 +75,8 @@ class Outcome:
 
     answers: list[Answer]
     fold: Fold | None = None
+    worker: str = ""  # which did it, and what it did since it last said so; empty unless that is asked for
+    slices: list[Slice] = field(default_factory=list)
 
 
 class Engine(Protocol):
@@ -117,7 +120,8 @@ def answer(population: Population, job: Job) -> Answer:
     message = make_message(metadata, own_content(job.message.content))
     start = time.perf_counter()
     try:
-        reply = population.app(message, context)
+        with span(metadata.message_type.partition(".")[0]):
+            reply = population.app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
@@ -133,10 +137,11 @@ def perform(population: Population, task: Task) -> Outcome:
     answers, tree = [], Tree()
     for job in task.jobs:
         given = answer(population, job)
-        part = task.make()
         assert given.reply is not None
-        part.add(given.reply)
-        tree.push(1, part)
+        with span("aggregate"):
+            part = task.make()
+            part.add(given.reply)
+            tree.push(1, part)
         given.reply = None
         answers.append(given)
     return Outcome(answers, tree.total())

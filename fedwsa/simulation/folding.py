@@ -5,7 +5,7 @@ from typing import Protocol, Self
 
 from flwr.app import Message
 
-BLOCK = 8  # replies that one worker may fold at the most; a power of two
+BLOCK = 16  # replies that one worker may fold at the most; a power of two
 
 
 class Fold(Protocol):

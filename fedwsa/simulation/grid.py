@@ -14,6 +14,7 @@ from fedwsa.simulation.engine import Answer, Engine, Job, Task, own_content
 from fedwsa.simulation.folding import Fold, MakeFold, Tree
 from fedwsa.simulation.schedule import Durations
 from fedwsa.simulation.sending import Replies, Sending
+from fedwsa.tracing import Slice, span
 
 FIRST_NODE_ID = 1000  # Flower gives 1 to the server; node id − FIRST_NODE_ID is the partition id
 
@@ -41,6 +42,7 @@ class SimulationGrid(Grid):
         self.workers = engine.workers
         self.durations = Durations(client_sizes)
         self.states: dict[int, RecordDict] = {}  # of the clients that keep any, by partition id
+        self.slices: dict[str, list[Slice]] = {}  # by worker, where they are kept
         self._run = Run.create_empty(run_id=1)
         self._numbers = count(1)
         self._on_the_way: dict[str, _OnTheWay] = {}  # by message id, until the answer is there
@@ -102,7 +104,8 @@ class SimulationGrid(Grid):
         self._open.append(sending)  # until it is done: what is raised meanwhile leaves no message behind
         tree = Tree()
         for size, part in sending:
-            tree.push(size, make() if part is None else part)
+            with span("aggregate"):
+                tree.push(size, make() if part is None else part)
         return tree.total()
 
     def finish(self) -> None:
@@ -177,7 +180,11 @@ class SimulationGrid(Grid):
 
     def receive(self, timeout: float | None) -> None:
         """Take what has come to those who wait for it; waits until something has, for `timeout` seconds at most."""
-        for outcome in self.engine.collect(timeout):
+        with span("dispatch"):
+            outcomes = self.engine.collect(timeout)
+        for outcome in outcomes:
+            if outcome.slices:
+                self.slices.setdefault(outcome.worker, []).extend(outcome.slices)
             settled = [each for answer in outcome.answers if (each := self._settle(answer))]
             if outcome.fold is not None and settled:
                 first = settled[0]

@@ -9,15 +9,22 @@ from typing import Any, Protocol, TypeVar
 
 import ray
 from flwr.app import ArrayRecord, RecordDict
-from ray import cloudpickle
 
 from fedwsa.arrays import NumpyArray
+from fedwsa.simulation import pickling
 from fedwsa.simulation.engine import Outcome, Task
 from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.shared_memory import Pool, Sent, ServerEnd
 from fedwsa.simulation.worker import Packed, Place
 
-DEATHS = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)  # Ray kills a worker that fills the memory
+DEATHS = (  # Ray kills a worker that fills the memory; an outcome can be lost with the machine that it lies on
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.GetTimeoutError,
+)
+FETCH_TIMEOUT = 60.0  # seconds for an outcome that is there to come over
+BLOCKS = 3  # for each worker at least: of the task that it does, of the next one, and of one that waits its turn
 RECORDS = 4  # array records that are kept as they were sent: a round's model is written once
 LARGE = 1 << 15  # bytes; what a socket may not be able to take while the worker is not reading
 REASON_TIMEOUT = 5.0  # seconds for Ray to find out why an actor died
@@ -35,8 +42,8 @@ class Link(Protocol):
     def fileno(self) -> int:
         """Readable when there are outcomes, or the worker is gone."""
 
-    def begin(self, packed: bytes, path: list[str]) -> None:
-        """Later tasks are for this population."""
+    def begin(self, packed: bytes, path: list[str], trace: bool) -> None:
+        """Later tasks are for this population; trace: whether to say what time they took for what."""
 
     def send(self, task: Task, *, busy: bool) -> bool:
         """Whether the task was sent; one that is too large has to wait until the worker is not busy."""
@@ -49,10 +56,20 @@ class Link(Protocol):
 
 
 class Recent(OrderedDict[tuple[str | int, ...], tuple[list[Any], T]]):
-    """What was made of the array records that were sent last."""
+    """What was made of the array records that were sent last; these are nobody's to change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[ArrayRecord | None, Any] = None, None
 
     def of(self, record: ArrayRecord, make: Callable[[ArrayRecord], T]) -> T:
         """What `make(record)` gave when the same numbers were sent before, or gives now."""
+        if record is not self._last[0]:
+            self._last = record, self._of(record, make)
+        made: T = self._last[1]
+        return made
+
+    def _of(self, record: ArrayRecord, make: Callable[[ArrayRecord], T]) -> T:
         values = [array.view() if isinstance(array, NumpyArray) else array.data for array in record.values()]
         key = (*record, *map(id, values))  # the entry keeps them alive, so no id is used again
         if key not in self:
@@ -73,7 +90,7 @@ class _Packer:
         """Messages of one broadcast share their content, which goes once."""
         if task.make is not self._make:  # one a phase: pickled once
             self._make = task.make
-            self._pickled = None if task.make is None else cloudpickle.dumps(task.make)  # type: ignore[no-untyped-call]
+            self._pickled = None if task.make is None else pickling.dumps(task.make, "the aggregation")
         numbers: dict[int, int] = {}
         contents: list[RecordDict] = []
         records: dict[Place, ArrayRecord] = {}
@@ -95,8 +112,8 @@ class _Packer:
 class SharedMemory:
     """What the links to all workers on this machine share."""
 
-    def __init__(self, workers: int) -> None:
-        self.pool = Pool(least=3 * workers)  # a worker has a task and the next one; one more waits its turn
+    def __init__(self) -> None:
+        self.pool = Pool()
         self.packer = _Packer()
         self.recent: Recent[Sent] = Recent()
         self._number = 0
@@ -115,6 +132,7 @@ class SharedMemoryLink:
 
     def __init__(self, connection: Connection, pid: int, shared: SharedMemory, serving: Any) -> None:
         self.end = ServerEnd(connection, pid, shared.pool)
+        shared.pool.least += BLOCKS
         self.shared = shared
         self.serving = serving  # Ray's reference to the call that ends with the worker
 
@@ -122,10 +140,10 @@ class SharedMemoryLink:
         """See Link."""
         return self.end.connection.fileno()
 
-    def begin(self, packed: bytes, path: list[str]) -> None:
+    def begin(self, packed: bytes, path: list[str], trace: bool) -> None:
         """See Link."""
         with suppress(OSError):  # a worker that is gone is seen by receive()
-            self.end.send((packed, path), {})
+            self.end.send((packed, path, trace), {})
 
     def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
@@ -149,6 +167,7 @@ class SharedMemoryLink:
     def close(self) -> None:
         """See Link."""
         self.end.close()
+        self.shared.pool.least -= BLOCKS
 
     def _reason(self) -> str:
         try:
@@ -172,9 +191,9 @@ class ObjectStoreLink:
         """See Link."""
         return self.reader
 
-    def begin(self, packed: bytes, path: list[str]) -> None:
+    def begin(self, packed: bytes, path: list[str], trace: bool) -> None:
         """See Link."""
-        self.handle.begin.remote(packed, path)
+        self.handle.begin.remote(packed, path, trace)
 
     def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
@@ -188,7 +207,7 @@ class ObjectStoreLink:
         """See Link."""
         os.read(self.reader, 1)
         try:
-            return [ray.get(self.done.popleft())]
+            return [ray.get(self.done.popleft(), timeout=FETCH_TIMEOUT)]
         except DEATHS as error:
             raise WorkerDiedError(str(error)) from None
 

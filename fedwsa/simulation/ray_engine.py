@@ -3,31 +3,30 @@
 import logging
 import os
 import queue
-import random
 import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 costs a fifth of the speed
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # of 60, which Ray's agents outlive a kill -9 by
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on machines without a GPU
+from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept  # before Ray: it sets Ray up
 
-import ray
+import ray  # isort: skip
 from flwr.app import Error, Message
-from ray import cloudpickle
 
+from fedwsa import tracing
 from fedwsa.errors import RunError
+from fedwsa.simulation import pickling
 from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Outcome, Population, Task, without
 from fedwsa.simulation.links import Link, ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
 from fedwsa.simulation.shared_memory import listen
 from fedwsa.simulation.worker import Worker
+from fedwsa.tracing import span
+
+_LOG = logging.getLogger("fedwsa")
 
 DEPTH = 2  # tasks at an actor: one is done, the next one is already there
 START_TIMEOUT = 120.0  # seconds for Ray and for each actor to come up
@@ -42,9 +41,10 @@ class _Sent:
     attempt: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Actor:
     handle: Any
+    core: int | None = None
     link: Link | None = None  # None while it starts
     tasks: deque[_Sent] = field(default_factory=deque)  # in the order in which they were sent
 
@@ -56,31 +56,42 @@ class _Actor:
 class RayEngine:
     """Persistent actors; one that dies is replaced and its messages are sent again.
 
-    workers: 0 is one a core. start_here: until the first actor is up, seconds, the clients run in this process (the
-    results are the same bits wherever a client runs); for client apps that may run beside the server, and a server that
-    draws nothing from the global `random` (Flower's own strategies do), because Ray's start draws from it too.
+    workers: 0 is as many as fit on all of Ray's machines. start_here: until the first actor is up, seconds, the clients
+    run in this process (the results are the same bits wherever a client runs); for client apps that may run beside the
+    server, and a server that draws nothing from the global `random` (Flower's own strategies do), because Ray's start
+    draws from it too. Not where Ray is joined, which takes no time.
     """
 
-    def __init__(self, workers: int = 0, threads_per_client: int = 1, *, start_here: bool = False) -> None:
-        self._workers = workers or len(os.sched_getaffinity(0))
+    def __init__(
+        self,
+        workers: int = 0,
+        threads_per_client: int = 1,
+        *,
+        start_here: bool = False,
+        resources: Resources | None = None,
+    ) -> None:
+        self._resources = resources or Resources()
+        self._workers = workers
         self._threads = threads_per_client
         self._owns_ray = not ray.is_initialized()
         self._packed = b""
         self._queue: deque[_Sent] = deque()
         self._actors: list[_Actor] = []
-        self._shared_memory = SharedMemory(self._workers)
+        self._shared_memory = SharedMemory()
         self._sockets = tempfile.TemporaryDirectory(prefix="fedwsa-")
-        self._started: queue.SimpleQueue[tuple[_Actor, Link] | Exception] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[tuple[_Actor, Link | Exception] | Exception] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe()
+        start_here = start_here and not (self._resources.address or self._resources.gpus_per_client)
         self._here = InProcessEngine(threads_per_client) if start_here else None
         self._closing = False
         self._ray_is_up, self._ended = threading.Event(), threading.Event()
-        bring_up = threading.Thread(target=self._bring_up, daemon=True)
+        thread = threading.Thread(target=self._bring_up, daemon=True)
         if start_here:
-            bring_up.start()
+            self._workers = workers or self._resources.slots(len(os.sched_getaffinity(0)), 0)
+            thread.start()
             return
-        with _random_kept():
-            bring_up.start()
+        with random_kept():
+            thread.start()
             try:
                 self._wait_for_all()
             except BaseException:
@@ -98,13 +109,11 @@ class RayEngine:
         self.cancel({id_ for actor in self._actors for sent in actor.tasks for id_ in sent.task.message_ids})
         if self._here:
             self._here.begin(population)
-        try:
-            self._packed = cloudpickle.dumps(population)  # type: ignore[no-untyped-call]
-        except Exception as error:
-            raise ValueError(f"the client app cannot be sent to the workers: {error}") from error
+        pickling.dumps(population.app, "the client app")  # so that an error names its part
+        self._packed = pickling.dumps(population, "the run config")
         for actor in self._actors:
             if actor.link:
-                actor.link.begin(self._packed, _path())
+                actor.link.begin(self._packed, _path(), tracing.is_on())
 
     def submit(self, task: Task) -> None:
         """See Engine."""
@@ -121,7 +130,9 @@ class RayEngine:
             return []
         links: dict[Any, _Actor] = {actor.link: actor for actor in self._actors if actor.link}
         outcomes: list[Outcome] = []
-        for ready in connection.wait([self._wake_reader, *links], timeout):
+        with span("wait"):
+            all_ready = connection.wait([self._wake_reader, *links], timeout)
+        for ready in all_ready:
             if ready == self._wake_reader:
                 os.read(self._wake_reader, 1024)
                 self._adopt()
@@ -146,7 +157,7 @@ class RayEngine:
             self._end(actor)
         self._actors.clear()
         if self._owns_ray:
-            with _random_kept():
+            with random_kept():
                 ray.shutdown()
         self._ended.set()
         self._sockets.cleanup()
@@ -157,11 +168,10 @@ class RayEngine:
         The thread lives as long as the engine: Ray's processes are killed when the thread that started them ends.
         """
         try:
-            if self._owns_ray:
-                ray.init(
-                    num_cpus=self._workers, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-                )
-            self._actors.extend(self._start() for _ in range(self._workers))
+            bring_up(self._resources, self._workers)
+            self._workers = self._workers or count_workers(self._resources)
+            for _ in range(self._workers):
+                self._actors.append(self._start())
         except Exception as error:
             self._tell(error)
         self._ray_is_up.set()
@@ -179,15 +189,28 @@ class RayEngine:
 
     def _start(self) -> _Actor:
         """An actor whose link will be told by a thread when it is there."""
-        actor = _Actor(ray.remote(num_cpus=1, max_restarts=0)(Worker).remote(self._threads))
+        actor_class = ray.remote(
+            num_cpus=self._resources.cpus_per_client, num_gpus=self._resources.gpus_per_client, max_restarts=0
+        )(Worker)
+        core = self._free_core()
+        actor = _Actor(actor_class.remote(self._threads, core), core)
         threading.Thread(target=self._connect, args=(actor,), daemon=True).start()
         return actor
+
+    def _free_core(self) -> int | None:
+        """For a worker to stay on, where there is one for each that nobody else was promised; else None."""
+        cores = sorted(os.sched_getaffinity(0))
+        if not self._owns_ray or self._resources.address or self._threads != 1 or self._workers != len(cores):
+            return None
+        taken = {actor.core for actor in self._actors}
+        return next((core for core in cores if core not in taken), None)
 
     def _connect(self, actor: _Actor) -> None:
         path = f"{self._sockets.name}/{actor.handle._actor_id.hex()}"
         try:
             accept = listen(path)
-            pid = ray.get(actor.handle.connect.remote(path), timeout=START_TIMEOUT)
+            here = ray.get_runtime_context().get_node_id()
+            pid = ray.get(actor.handle.connect.remote(path, here), timeout=START_TIMEOUT)
             if pid is None:
                 self._tell((actor, ObjectStoreLink(actor.handle)))
             else:
@@ -195,29 +218,43 @@ class RayEngine:
                 self._tell((actor, SharedMemoryLink(end, pid, self._shared_memory, actor.handle.serve.remote())))
         except Exception as error:
             if not self._closing:
-                self._tell(error)
+                self._tell((actor, error))
 
-    def _tell(self, news: tuple[_Actor, Link] | Exception) -> None:
+    def _tell(self, news: tuple[_Actor, Link | Exception] | Exception) -> None:
         self._started.put(news)
         os.write(self._wake_writer, b".")
 
     def _adopt(self) -> None:
-        """Take over the actors that have come up. Raises RunError if one does not come up."""
+        """Take over the actors that have come up. Raises RunError if none does.
+
+        One that does not (the machine that it was to replace an actor of is gone) is done without.
+        """
         while not self._started.empty():
             news = self._started.get()
+            if isinstance(news, RunError):
+                raise news
             if isinstance(news, Exception):
                 raise RunError(f"Ray did not start: {news}") from news
             actor, link = news
+            if actor not in self._actors:  # given up in the meantime
+                continue
+            if isinstance(link, Exception):
+                self._actors.remove(actor)
+                if not self._actors:
+                    raise RunError(f"Ray did not start: {link}") from link
+                _LOG.warning("a worker did not start (%s); %d are left", link, len(self._actors))
+                continue
             actor.link = link
             self._here = None  # for good: a client whose worker dies must not come into this process
             if self._packed:
-                link.begin(self._packed, _path())
+                link.begin(self._packed, _path(), tracing.is_on())
         self._dispatch()
 
     def _receive(self, actor: _Actor) -> list[Outcome]:
         assert actor.link is not None
         try:
-            outcomes = actor.link.receive()
+            with span("transfer"):
+                outcomes = actor.link.receive()
         except WorkerDiedError as error:
             return self._crashed(actor, error)
         for _ in outcomes:
@@ -242,7 +279,8 @@ class RayEngine:
 
     def _replace(self, actor: _Actor, tasks: list[_Sent]) -> None:
         self._end(actor)
-        self._actors[self._actors.index(actor)] = self._start()
+        actor.core, position = None, self._actors.index(actor)
+        self._actors[position] = self._start()
         self._queue.extendleft(reversed(tasks))
 
     def _end(self, actor: _Actor) -> None:
@@ -284,16 +322,6 @@ def _refused(task: Task, reason: str) -> Outcome:
     part.add(reply)
     given.reply = None
     return Outcome([given], part)
-
-
-@contextmanager
-def _random_kept() -> Iterator[None]:
-    """Ray draws from the global `random`, from which a ServerApp's strategy may draw its cohorts."""
-    state = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(state)
 
 
 def _path() -> list[str]:

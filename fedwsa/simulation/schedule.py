@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from fedwsa.simulation.folding import BLOCK
 
-UNIT_SECONDS = 0.02  # of work that travels together at the most: a client that hangs takes its unit with it
-SHARE = 4  # units for each worker, at least, in what is left of a round: nobody waits long for the last one
+UNIT_SECONDS = 0.05  # of work that travels together at the most: a client that hangs takes its unit with it
+SHARE = 2  # units for each worker, at least, in what is left of a round: nobody waits long for the last one
 RECENT = 0.5  # weight of the newest time among those of a client
 
 

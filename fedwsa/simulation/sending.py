@@ -9,6 +9,7 @@ from flwr.app import ArrayRecord, Message
 
 from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.schedule import Durations, units
+from fedwsa.tracing import span
 
 FEED = 3  # units at the engine for each worker: one computed, one ready for the worker, one for the next free
 HELD_BYTES = 1 << 27  # of answers that wait until those before them are there
@@ -117,6 +118,10 @@ class Sending:
 
     def _fill(self) -> None:
         """Keep the engine busy, as long as there is time."""
+        with span("dispatch"):
+            self._feed()
+
+    def _feed(self) -> None:
         while self._unanswered < FEED * self._grid.workers and self._may_wait():
             unit = self._next_unit()
             if unit is None:

@@ -21,6 +21,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
+from fedwsa.tracing import span
+
 ALIGNMENT = 64  # bytes
 SMALL = 1 << 14  # bytes of numbers that are not worth a block
 SEEN = 8  # records that a worker keeps mapped beyond those in use
@@ -28,11 +30,11 @@ LENT_BYTES = 1 << 28  # in all blocks together; where they are used up, answers 
 
 
 class Segment:
-    """Memory that several processes map. Raises OSError where the machine has no room for it."""
+    """Memory that several processes map; `fd` is another process's. Raises OSError where the machine has no room."""
 
     def __init__(self, size: int, fd: int | None = None, *, writable: bool = True) -> None:
         self.size = size
-        self.fd = os.memfd_create("fedwsa", os.MFD_CLOEXEC) if fd is None else fd
+        self.fd = _memory() if fd is None else fd
         try:
             if fd is None:
                 os.posix_fallocate(self.fd, 0, size)  # else a machine that is full would show itself as SIGBUS
@@ -42,6 +44,10 @@ class Segment:
             os.close(self.fd)
             raise
         weakref.finalize(self, os.close, self.fd).atexit = False
+
+
+def _memory() -> int:
+    return os.memfd_create("fedwsa", os.MFD_CLOEXEC)
 
 
 def plan(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], int]:
@@ -100,7 +106,7 @@ class Pool:
     least: blocks that there may be however large they are.
     """
 
-    def __init__(self, least: int = 3) -> None:
+    def __init__(self, least: int = 0) -> None:
         self.blocks: dict[int, Segment] = {}
         self.free: list[int] = []
         self.block_size = 0
@@ -152,22 +158,31 @@ class Pool:
 
 
 class Sent:
-    """A record as the workers get it: written once into a segment of its own, mapped by each worker."""
+    """A record as the workers get it: written once into memory of its own, which each worker maps."""
 
     def __init__(self, number: int, record: ArrayRecord) -> None:
         self.number = number
         self.pickled, buffers = dumps(record)
         self.layout, self.size = plan(buffers)
-        self.segment: Segment | None = None
+        self.fd: int | None = None
         self.inline: list[bytes] = []
-        try:
-            if self.size >= SMALL:
-                self.segment = Segment(self.size)
-                write(self.segment, self.layout, buffers)
-        except OSError:
-            self.segment = None
-        if self.segment is None:
+        if self.size >= SMALL:
+            self.fd = _memory()
+            weakref.finalize(self, os.close, self.fd).atexit = False
+            try:
+                os.truncate(self.fd, self.size)
+                for (offset, _), buffer in zip(self.layout, buffers, strict=True):
+                    _write_whole(self.fd, buffer.cast("B"), offset)  # not through a map: the pages are not needed here
+            except OSError:  # the machine has no room
+                self.fd = None
+        if self.fd is None:
             self.inline = [bytes(buffer) for buffer in buffers]
+
+
+def _write_whole(fd: int, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        written = os.pwrite(fd, buffer, offset)
+        buffer, offset = buffer[written:], offset + written
 
 
 class ServerEnd:
@@ -194,9 +209,9 @@ class ServerEnd:
         new: dict[int, Any] = {}
         for sent in records.values():
             if sent.number not in self.records:
-                new[sent.number] = (sent.pickled, sent.layout, sent.size, sent.inline, sent.segment is not None)
-                if sent.segment is not None:
-                    fds.append(sent.segment.fd)
+                new[sent.number] = (sent.pickled, sent.layout, sent.size, sent.inline, sent.fd is not None)
+                if sent.fd is not None:
+                    fds.append(sent.fd)
                 self.records[sent.number] = None
             self.records.move_to_end(sent.number)
         keep = max(SEEN, len(records))
@@ -250,7 +265,9 @@ class WorkerEnd:
 
     def receive(self) -> tuple[Any, dict[Any, ArrayRecord]]:
         """A value and its records, which other values may share. Raises EOFError: the server is gone."""
-        value, keys, new, dropped, lent, stale = pickle.loads(self.connection.recv_bytes())
+        with span("wait"):
+            header = self.connection.recv_bytes()
+        value, keys, new, dropped, lent, stale = pickle.loads(header)
         for number, (pickled, layout, size, inline, mapped) in new.items():
             parts: list[Any] = inline
             if mapped:

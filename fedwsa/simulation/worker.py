@@ -1,20 +1,24 @@
 """The worker: a process that holds the client app and does tasks, one after another."""
 
 import os
+import socket
 import sys
 import traceback
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
+import ray
 import torch
 from flwr.app import ArrayRecord, Context, Error, Message, Metadata, RecordDict
 from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from ray import cloudpickle
 
+from fedwsa import tracing
 from fedwsa.simulation.engine import Job, Outcome, Population, Task, identify, perform
 from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.shared_memory import WorkerEnd, connect
+from fedwsa.tracing import span
 
 LOAD_CLIENT_APP = 1  # Flower's error code
 
@@ -30,10 +34,17 @@ class Packed(NamedTuple):
 
 
 class Worker:
-    """Made into an actor by `RayEngine`. On the server's machine it serves a socket; elsewhere it is called."""
+    """Made into an actor by `RayEngine`. On the server's machine it serves a socket; elsewhere it is called.
 
-    def __init__(self, threads: int) -> None:
+    core: the one to stay on. Linux wakes a worker beside whoever sent it something, where the two then share a core for
+    milliseconds before one of them is moved.
+    """
+
+    def __init__(self, threads: int, core: int | None = None) -> None:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
         self.threads = threads
+        self.name = f"worker {os.getpid()} on {socket.gethostname()}"
         identify()
         self.packed = b""
         self.population: Population | None = None
@@ -41,8 +52,10 @@ class Worker:
         self.make: MakeFold | None = None
         self.connection: Connection | None = None
 
-    def connect(self, path: str) -> int | None:
-        """This process's id once it is connected to the server's socket; None on another machine."""
+    def connect(self, path: str, node_id: str) -> int | None:
+        """This process's id once it is connected to the server's socket; None on another of Ray's nodes than its."""
+        if ray.get_runtime_context().get_node_id() != node_id:
+            return None
         try:
             self.connection = connect(path)
         except OSError:
@@ -55,18 +68,21 @@ class Worker:
         end = WorkerEnd(self.connection)
         try:
             while True:
-                value, records = end.receive()
-                if isinstance(value, Packed):
-                    end.send(self.handle(value, list(records), *records.values()))
-                else:
-                    self.begin(*value)
+                with span("transfer"):
+                    value, records = end.receive()
+                    if isinstance(value, Packed):
+                        end.send(self.handle(value, list(records), *records.values()))
+                    else:
+                        self.begin(*value)
         except (EOFError, OSError):
             return
         finally:
             self.connection.close()  # whatever ends this, the server must see that no answer comes
 
-    def begin(self, packed: bytes, path: list[str]) -> None:
+    def begin(self, packed: bytes, path: list[str], trace: bool) -> None:
         """The next tasks are for this pickled population; `path` is where the server finds its modules."""
+        if trace:
+            tracing.start()
         sys.path.extend(entry for entry in path if entry not in sys.path)
         self.packed, self.population = packed, None
 
@@ -87,7 +103,10 @@ class Worker:
             population = Population(_Broken(traceback.format_exc()), 0, {})
         if packed.make != self.pickled:
             self.pickled, self.make = packed.make, None if packed.make is None else cloudpickle.loads(packed.make)
-        return perform(population, Task(jobs, self.make))
+        outcome = perform(population, Task(jobs, self.make))
+        if tracing.is_on():
+            outcome.worker, outcome.slices = self.name, tracing.take()
+        return outcome
 
 
 class _Broken(ClientApp):

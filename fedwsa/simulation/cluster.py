@@ -1,0 +1,74 @@
+"""Ray itself: started on this machine, or joined where it runs; and how many clients fit on it side by side."""
+
+import logging
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 costs a fifth of the speed
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # of 60, which Ray's agents outlive a kill -9 by
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on machines without a GPU
+
+import ray
+
+from fedwsa.errors import RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a client gets, and where.
+
+    cpus_per_client > 0, gpus_per_client >= 0: fractions share a core or a card (0.25: four clients on one).
+    address: of a Ray cluster to join ("auto": the one on this machine); empty: Ray is started here, and ended.
+    """
+
+    cpus_per_client: float = 1.0
+    gpus_per_client: float = 0.0
+    address: str = ""
+
+    def slots(self, cpus: float, gpus: float) -> int:
+        """Clients that fit on a machine side by side."""
+        by_cpu = int(cpus / self.cpus_per_client + 1e-6)
+        return min(by_cpu, int(gpus / self.gpus_per_client + 1e-6)) if self.gpus_per_client else by_cpu
+
+
+def bring_up(resources: Resources, workers: int) -> None:
+    """Start or join Ray unless this process has done so.
+
+    workers: that will be wanted here, where Ray is started; 0: as many as there are cores for.
+    """
+    if ray.is_initialized():
+        return
+    if resources.address:
+        ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    cpus = workers * resources.cpus_per_client if workers else float(len(os.sched_getaffinity(0)))
+    ray.init(
+        num_cpus=max(1, round(cpus + 0.499)), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+
+
+def count_workers(resources: Resources) -> int:
+    """Clients that fit on all of Ray's machines side by side. Raises RunError if none does."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    number = sum(resources.slots(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in nodes)
+    if number:
+        return number
+    best = ", ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes)
+    raise RunError(
+        f"no client fits on a machine: it needs {resources.cpus_per_client:g} CPU and {resources.gpus_per_client:g} "
+        f"GPU, Ray has {best}; allowed is less, by cpus-per-client and gpus-per-client"
+    )
+
+
+@contextmanager
+def random_kept() -> Iterator[None]:
+    """Ray draws from the global `random`, from which a ServerApp's strategy may draw its cohorts."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
