@@ -27,7 +27,7 @@ def train_message(message: Message, context: Context) -> Message:
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
-    images, labels = holdings.dataset.train_tensors(holdings.training[client])
+    images, labels = (_moved(each, config) for each in holdings.dataset.train_tensors(holdings.training[client]))
     model, state = _model_with(message, config, holdings)
     settings = messages.config_of(message)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
@@ -59,6 +59,21 @@ def evaluate_message(message: Message, context: Context) -> Message:
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
 
+@app.evaluate(messages.TEST_SPLIT)
+def evaluate_test_split(message: Message, context: Context) -> Message:
+    """Evaluate on a part of the central test split, for a simulation whose server has workers beside it."""
+    config, _ = _identity(message, context)
+    torch.set_num_threads(config.threads_per_client)  # sums depend on it
+    holdings = federation(config)
+    settings = messages.config_of(message)
+    part = slice(int(settings[messages.FIRST_SAMPLE]), int(settings[messages.LAST_SAMPLE]))  # type: ignore[arg-type]
+    images, labels = holdings.dataset.test_tensors(part)
+    model, _ = _model_with(message, config, holdings)
+    loss, accuracy = evaluate(model, images, labels)
+    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss, messages.ACCURACY: accuracy})
+    return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
+
+
 def _identity(message: Message, context: Context) -> tuple[Config, int]:
     """The config, with as many clients as the network has, and which of them this is."""
     messages.check_version(messages.config_of(message))
@@ -78,12 +93,26 @@ def _config(run_config: tuple[tuple[str, bool | int | float | str], ...], client
 
 
 @lru_cache(maxsize=2)
-def _model(name: str, input_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+def _model(name: str, input_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> nn.Module:
     """One module a process, filled anew for each message."""
-    return models.build(name, input_shape, num_classes, seed=0)
+    return models.placed(models.build(name, input_shape, num_classes, seed=0), device)
 
 
 def _model_with(message: Message, config: Config, holdings: Federation) -> tuple[nn.Module, dict[str, Tensor]]:
     """The module with the numbers that the message brings, and its state dict, whose memory is nobody else's."""
-    model = _model(config.model, holdings.dataset.input_shape, holdings.dataset.num_classes)
+    model = _model(config.model, holdings.dataset.input_shape, holdings.dataset.num_classes, _device(config))
     return model, fill(model, messages.arrays_of(message))
+
+
+def _device(config: Config) -> torch.device:
+    """Where this client computes; Ray shows a worker only the card that it may use."""
+    if not config.gpus_per_client:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"gpus-per-client = {config.gpus_per_client:g}: no CUDA device here; allowed is 0")
+    return torch.device("cuda", 0)
+
+
+def _moved(tensor: Tensor, config: Config) -> Tensor:
+    device = _device(config)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -21,17 +21,17 @@ def train(
 ) -> float:
     """SGD in place for `local-epochs`; returns the mean task loss over all steps, nats a sample.
 
-    images: [N, C, H, W] float32, labels: [N] int64, N ≥ 1. Each epoch is a new permutation from `generator`; the last
-    batch of an epoch may be smaller. Momentum buffers start at zero and are not kept between rounds.
+    images: [N, C, H, W] float32, labels: [N] int64, N ≥ 1, on the model's device. Each epoch is a new permutation from
+    `generator`; the last batch of an epoch may be smaller. Momentum buffers start at zero at each call.
     The functional form of PyTorch's SGD is used: building a `torch.optim.Optimizer` imports its compiler, a second.
     """
     model.train()
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     buffers: list[Tensor | None] = [None] * len(parameters)
     regularizer = _regularizer(model, alignment)
-    total, steps = torch.zeros(()), 0
+    total, steps = torch.zeros((), device=labels.device), 0
     for _ in range(config.local_epochs):
-        order = torch.randperm(len(labels), generator=generator)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for batch in torch.split(order, config.batch_size):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             for parameter in parameters:

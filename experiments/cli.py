@@ -56,6 +56,7 @@ def run(
     engine: Annotated[str | None, typer.Option(help="ray or inprocess.")] = None,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with an interrupted run.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where a round's time went; trace.json.")] = False,
 ) -> None:
     """Train one federation with each strategy, side by side; table, metrics, models and report in a run folder."""
     options = {
@@ -77,9 +78,9 @@ def run(
 
     try:
         if settings is not None:
-            job.start(settings, console)
+            job.start(settings, console, profile=profile)
         elif resume is not None:
-            job.resume(resume, console)
+            job.resume(resume, console, profile=profile)
     except job.InterruptedRunError as error:
         _fail(error, error.status)
 

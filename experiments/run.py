@@ -4,22 +4,24 @@ import json
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import strategies
 from clients.client_app import app as client_app
 from clients.federation import Federation, federation, load_data
+from experiments import profile as profile_view
 from experiments.display import Display
 from experiments.report import write_report
 from experiments.results import read_lines, read_run, summarize
 from experiments.table import summary_table
 from fedwsa import config as configuration
-from fedwsa import models
+from fedwsa import models, tracing
 from fedwsa.config import Config, ConfigError
 from fedwsa.errors import RunError, UsageError
 from fedwsa.registry import lookup
@@ -39,6 +41,8 @@ from fedwsa.run_folder import (
 from fedwsa.simulation import open_engine, simulate
 from strategies.server_app import make_app
 
+TRACE = "trace.json"
+
 
 class InterruptedRunError(RunError):
     """A run that Ctrl-C or SIGTERM ended; `status` is 128 and the signal's number."""
@@ -48,8 +52,11 @@ class InterruptedRunError(RunError):
         self.status = status
 
 
-def start(config: Config, console: Console) -> Path:
-    """Run a config into a new folder, and show the result; returns the folder."""
+def start(config: Config, console: Console, *, profile: bool = False) -> Path:
+    """Run a config into a new folder, and show the result; returns the folder.
+
+    profile: also show where the time went, and write it to the folder's trace.json.
+    """
     check(config)
     folder = new_folder(config)
     _check_new(folder)
@@ -57,11 +64,12 @@ def start(config: Config, console: Console) -> Path:
         _check_new(folder)  # again, now that nobody else can
         repeatable = config.model_copy(update={"out_dir": ""})  # else to repeat it would mean to write over it
         write_atomically(folder / CONFIG, repeatable.to_toml().encode())
-        _run(config, folder, console)
+        with _profiled(folder, console) if profile else nullcontext():
+            _run(config, folder, console)
     return folder
 
 
-def resume(folder: Path, console: Console) -> Path:
+def resume(folder: Path, console: Console, *, profile: bool = False) -> Path:
     """Go on with a run that was interrupted, from the last checkpoint of each strategy."""
     if not (folder / CONFIG).is_file():
         raise UsageError(f"{folder}: no run to resume, {CONFIG} is missing")
@@ -69,7 +77,8 @@ def resume(folder: Path, console: Console) -> Path:
     check(config)
     with _claimed(folder):
         discard_leftovers(folder)
-        _run(config, folder, console)
+        with _profiled(folder, console) if profile else nullcontext():
+            _run(config, folder, console)
     return folder
 
 
@@ -80,10 +89,18 @@ def check(config: Config) -> None:
         dataset = load_data(config.data, config.data_dir)
         models.build(config.model, dataset.input_shape, dataset.num_classes, seed=0)
 
+    def find_device() -> None:
+        if config.gpus_per_client and not config.ray_address and not torch.cuda.is_available():
+            raise ValueError(
+                f"gpus-per-client = {config.gpus_per_client:g}: there is no CUDA device here; allowed is 0, or a "
+                "ray-address of machines that have one"
+            )
+
     needed: list[Callable[[], object]] = [
         *(partial(lookup, strategies.STRATEGIES, name, "strategy") for name in config.strategies),
         partial(lookup, models.MODELS, config.model, "model"),
         build_model,
+        find_device,
         *(partial(federation, one) for one in config.federations()),
     ]
     problems = []
@@ -128,6 +145,21 @@ def _resumable(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         number = stop.args[0] if stop.args else signal.SIGINT
         raise InterruptedRunError(f"interrupted; go on with: {_resume_command(folder)}", 128 + number) from stop
+
+
+@contextmanager
+def _profiled(folder: Path, console: Console) -> Iterator[None]:
+    tracing.start()
+    try:
+        yield
+        processes = {profile_view.SERVER: tracing.take(), **tracing.take_others()}
+    finally:
+        tracing.stop()
+    rounds = sum(what == "round" for what, _, _ in processes[profile_view.SERVER])
+    if rounds:
+        console.print(profile_view.table(*profile_view.per_round(processes, rounds)))
+        write_atomically(folder / TRACE, profile_view.chrome_trace(processes))
+        console.print(f"trace: {folder / TRACE}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run(config: Config, folder: Path, console: Console) -> None:

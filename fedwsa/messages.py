@@ -7,6 +7,9 @@ A train or evaluate message holds
   the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
   ``scope-mode`` and ``scope-reduction``.
 
+A message of type ``evaluate.test_split``, which only a simulation sends, has ``first-sample`` and ``last-sample``
+(not included) in its ``config`` besides: the part of the test split to evaluate on, by whoever's turn it is.
+
 A reply holds ``arrays`` (training only; in the order in which they came) and ``metrics`` (MetricRecord):
 ``num-examples``, the weight of the client; ``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training
 also the scope of the weights that it sends, ``scope-means`` and ``scope-variances``, one number a layer in the order of
@@ -28,8 +31,11 @@ SCHEMA_VERSION = 1
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SERVER_ROUND, VERSION = "server-round", "schema-version"
+FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"
+
+TEST_SPLIT = "test_split"  # the action of an evaluation that a worker does for the server
 
 MAX_EXAMPLES = 10**9  # of one client; more is taken for a mistake or an attack
 

@@ -95,11 +95,12 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A strategy's run after a round: the model, the strategy's own state, and where metrics.jsonl ended."""
+    """A strategy's run after a round: the model, the strategy's and the clients' states, where metrics.jsonl ended."""
 
     server_round: int
     model: dict[str, Tensor]
     strategy_state: dict[str, Tensor]
+    client_states: dict[str, Tensor]  # by partition id
     metrics_bytes: int
 
 
@@ -121,11 +122,18 @@ class StrategyFolder:
         except OSError as error:
             raise _unwritable(self.metrics, error) from error
 
-    def save_checkpoint(self, server_round: int, model: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def save_checkpoint(
+        self,
+        server_round: int,
+        model: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        client_states: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """One safetensors file whose metadata hold the JSON part: the two cannot come apart."""
         header = {"round": server_round, "metrics-bytes": self._sync_metrics()}
         tensors = {f"model/{name}": tensor for name, tensor in model.items()}
         tensors |= {f"strategy/{name}": tensor for name, tensor in state.items()}
+        tensors |= {f"client/{name}": tensor for name, tensor in (client_states or {}).items()}
         path = self.checkpoints / f"round-{server_round:06d}.safetensors"
         write_atomically(path, save(_own_memory(tensors), {"checkpoint": json.dumps(header)}))
         for old in sorted(self.checkpoints.glob("round-*.safetensors"))[:-KEEP]:
@@ -189,8 +197,8 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "strategy": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "strategy": {}, "client": {}}
     for name, tensor in tensors.items():
         part, _, own_name = name.partition("/")
         parts[part][own_name] = tensor
-    return Checkpoint(header["round"], parts["model"], parts["strategy"], header["metrics-bytes"])
+    return Checkpoint(header["round"], parts["model"], parts["strategy"], parts["client"], header["metrics-bytes"])

@@ -14,6 +14,7 @@ Slice = tuple[str, float, float]  # what, from, to; seconds
 class _Trace:
     def __init__(self) -> None:
         self.slices: list[Slice] = []
+        self.others: dict[str, list[Slice]] = {}  # of the workers, by name
         self.doing: list[str] = []
         self.since = time.perf_counter()
 
@@ -59,6 +60,27 @@ def span(what: str) -> Iterator[None]:
     finally:
         trace.turn()
         trace.doing.pop()
+
+
+def mark(what: str) -> None:
+    """A slice without length, to count and to find one's way by."""
+    if _trace is not None:
+        _trace.turn()
+        _trace.slices.append((what, _trace.since, _trace.since))
+
+
+def keep(worker: str, slices: list[Slice]) -> None:
+    """What a worker says that it did."""
+    if _trace is not None and slices:
+        _trace.others.setdefault(worker, []).extend(slices)
+
+
+def take_others() -> dict[str, list[Slice]]:
+    """What the workers said since the last call."""
+    if _trace is None:
+        return {}
+    others, _trace.others = _trace.others, {}
+    return others
 
 
 def take() -> list[Slice]:

@@ -9,12 +9,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedwsa import messages
+from fedwsa import messages, tracing
 from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config
 from fedwsa.errors import RunError
 from fedwsa.run_folder import RunFolderError, StrategyFolder
 from fedwsa.simulation.grid import SimulationGrid
+from fedwsa.simulation.states import pack_states, unpack_states
+from fedwsa.tracing import span
 from strategies.aggregation import SCOPE_DISTANCE
 from strategies.gate import Gate
 
@@ -53,13 +55,18 @@ class Rounds:
             last_round = checkpoint.server_round
             arrays = pack({name: checkpoint.model[name] for name in initial})  # in the model's own order
             self.strategy.load_state(checkpoint.strategy_state)
+        if isinstance(self.grid, SimulationGrid):  # real clients keep their states themselves
+            self.grid.states = unpack_states(checkpoint.client_states) if checkpoint else {}
         for server_round in range(last_round + 1, self.config.rounds + 1):
+            tracing.mark("round")
             arrays = self._train(server_round, arrays)
             self._evaluate_clients(server_round, arrays)
             if server_round % self.config.evaluate_every == 0 or server_round == self.config.rounds:
                 self._record({"round": server_round, **self.evaluate(arrays)})
             if server_round % self.config.checkpoint_every == 0:
-                self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state())
+                states = pack_states(self.grid.states) if isinstance(self.grid, SimulationGrid) else {}
+                with span("record"):
+                    self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state(), states)
         self.folder.save_final(unpack(arrays))
 
     def _check_state(self) -> None:
@@ -75,9 +82,11 @@ class Rounds:
         make = self.strategy.folding(server_round)
         if make and isinstance(self.grid, SimulationGrid):
             folded = self.grid.fold(outgoing, make, timeout=self.config.timeout)
-            updated, metrics = self.strategy.conclude_train(server_round, folded)
+            with span("aggregate"):
+                updated, metrics = self.strategy.conclude_train(server_round, folded)
         else:
-            updated, metrics = self.strategy.aggregate_train(server_round, self._replies(outgoing))
+            with span("aggregate"):
+                updated, metrics = self.strategy.aggregate_train(server_round, self._replies(outgoing))
         self._record_phase("train", server_round, metrics, start, messages.layer_names(arrays))
         return arrays if updated is None else updated
 
@@ -114,5 +123,6 @@ class Rounds:
         self._record(event)
 
     def _record(self, event: Event) -> None:
-        self.folder.record(event)
-        self.notify(self.name, event)
+        with span("record"):
+            self.folder.record(event)
+            self.notify(self.name, event)

@@ -1,23 +1,20 @@
 """The ServerApp: each strategy of the config in turn, on the same clients, start and cohorts."""
 
-import time
-from collections.abc import Callable
 from logging import INFO, WARNING
 from pathlib import Path
 
 import torch
-from flwr.app import ArrayRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
-from torch import Tensor, nn
 
 import strategies
-from fedwsa import arrays as flower_arrays
 from fedwsa import data, models
 from fedwsa.config import Config, from_run_config
-from fedwsa.evaluation import evaluate
 from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import generator, torch_seed
+from fedwsa.tracing import span
+from strategies.central_test import CentralTest
 from strategies.gate import Gate
 from strategies.rounds import Event, Notify, Rounds
 
@@ -40,7 +37,8 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
         if len(config.federations()) > 1:
             raise ValueError("alpha and seed: one value each here; `fedwsa run` takes lists")
         if folder is not None:
-            run_strategies(grid, config, folder, notify)
+            with span("other"):
+                run_strategies(grid, config, folder, notify)
             return
         own = new_folder(config).absolute()
         release = claim(own)
@@ -74,7 +72,8 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
     model = models.build(config.model, dataset.input_shape, dataset.num_classes, torch_seed(seed, "model"))
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     holdout = strategies.Holdout(model, *dataset.train_tensors(held_out))
-    evaluate_arrays = _evaluation(model, *dataset.test_tensors())
+    evaluated = models.build(config.model, dataset.input_shape, dataset.num_classes, seed=0)
+    evaluate_arrays = CentralTest(models.placed(evaluated, torch.device("cpu")), dataset, grid, config.timeout)
     for name in config.strategies:
         strategy_folder = StrategyFolder(folder / name)
         if strategy_folder.final.exists():
@@ -84,23 +83,6 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
         Rounds(name, gate, grid, config, strategy_folder, evaluate_arrays, notify).run(
             {name: tensor.clone() for name, tensor in initial.items()}
         )
-
-
-def _evaluation(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[ArrayRecord], Event]:
-    """Central evaluation on the test split, which nothing else here looks at."""
-
-    def evaluate_arrays(arrays: ArrayRecord) -> Event:
-        start = time.perf_counter()
-        flower_arrays.load(model.state_dict(), arrays)
-        loss, accuracy = evaluate(model, images, labels)
-        return {
-            "phase": "evaluate-server",
-            "metrics": {"loss": loss, "accuracy": accuracy},
-            "num_examples": len(labels),
-            "seconds": time.perf_counter() - start,
-        }
-
-    return evaluate_arrays
 
 
 app = make_app()

@@ -8,7 +8,9 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import federations
 import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
@@ -502,3 +504,28 @@ def test_config_reaches_the_strategies():
         assert (plain.cohort, plain.evaluation_cohort, plain.seed, plain.timeout) == (4, 5, 7, 3.0)
     aligned = build("fedavg-wsa", config, holdout())
     assert (aligned.strength, aligned.follows_clients) == (5.0, False)
+
+
+# ---- what clients keep
+
+
+def checkpointed(folder: Path, client: ClientApp = federations.remembering, **changes: Any) -> dict[str, bytes]:
+    """The final models of a run, by strategy."""
+    config = tiny(strategies=("fedavg", "fedavg-wsa"), **changes)
+    federations.run(config, folder, client)
+    return {name: (folder / name / "final.safetensors").read_bytes() for name in config.strategies}
+
+
+def test_what_clients_keep_is_in_the_checkpoint(tmp_path):
+    whole = checkpointed(tmp_path / "whole", rounds=4)
+    checkpointed(tmp_path / "parts", rounds=2)
+    for name in whole:
+        (tmp_path / "parts" / name / "final.safetensors").unlink()
+    assert checkpointed(tmp_path / "parts", rounds=4) == whole
+    forgetful = checkpointed(tmp_path / "forgetful", federations.client_app, rounds=4)
+    assert all(forgetful[name] != whole[name] for name in whole)
+
+
+def test_what_clients_keep_is_not_there_for_the_next_strategy(tmp_path):
+    both = checkpointed(tmp_path / "both", wsa={"strength": 0.0})
+    assert both["fedavg"] == both["fedavg-wsa"]

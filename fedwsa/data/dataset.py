@@ -74,11 +74,11 @@ class Dataset:
 
         return self._normalised(self.train_images[indices]), torch.from_numpy(self.train_labels[indices])
 
-    def test_tensors(self) -> tuple[Tensor, Tensor]:
-        """Copy the whole test split: (float32 [N, C, H, W] normalised, int64 [N])."""
+    def test_tensors(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Copy the test split or a part of it: (float32 [n, C, H, W] normalised, int64 [n])."""
         import torch
 
-        return self._normalised(self.test_images), torch.from_numpy(self.test_labels.copy())
+        return self._normalised(self.test_images[part]), torch.from_numpy(self.test_labels[part].copy())
 
     def _normalised(self, images: NDArray[np.uint8]) -> Tensor:
         """(pixel / scale − mean) / std, with both sides multiplied by scale: float32, a copy."""

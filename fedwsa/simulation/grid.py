@@ -10,11 +10,12 @@ from flwr.app.message.message import make_message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedwsa import tracing
 from fedwsa.simulation.engine import Answer, Engine, Job, Task, own_content
 from fedwsa.simulation.folding import Fold, MakeFold, Tree
 from fedwsa.simulation.schedule import Durations
 from fedwsa.simulation.sending import Replies, Sending
-from fedwsa.tracing import Slice, span
+from fedwsa.tracing import span
 
 FIRST_NODE_ID = 1000  # Flower gives 1 to the server; node id − FIRST_NODE_ID is the partition id
 
@@ -42,7 +43,6 @@ class SimulationGrid(Grid):
         self.workers = engine.workers
         self.durations = Durations(client_sizes)
         self.states: dict[int, RecordDict] = {}  # of the clients that keep any, by partition id
-        self.slices: dict[str, list[Slice]] = {}  # by worker, where they are kept
         self._run = Run.create_empty(run_id=1)
         self._numbers = count(1)
         self._on_the_way: dict[str, _OnTheWay] = {}  # by message id, until the answer is there
@@ -183,8 +183,7 @@ class SimulationGrid(Grid):
         with span("dispatch"):
             outcomes = self.engine.collect(timeout)
         for outcome in outcomes:
-            if outcome.slices:
-                self.slices.setdefault(outcome.worker, []).extend(outcome.slices)
+            tracing.keep(outcome.worker, outcome.slices)
             settled = [each for answer in outcome.answers if (each := self._settle(answer))]
             if outcome.fold is not None and settled:
                 first = settled[0]
