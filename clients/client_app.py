@@ -59,7 +59,7 @@ def evaluate_message(message: Message, context: Context) -> Message:
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
 
-@app.evaluate(messages.TEST_SPLIT)
+@app.evaluate(messages.TEST_SPLIT.removeprefix("evaluate."))
 def evaluate_test_split(message: Message, context: Context) -> Message:
     """Evaluate on a part of the central test split, for a simulation whose server has workers beside it."""
     config, _ = _identity(message, context)

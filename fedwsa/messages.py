@@ -35,7 +35,7 @@ FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"
 
-TEST_SPLIT = "test_split"  # the action of an evaluation that a worker does for the server
+TEST_SPLIT = "evaluate.test_split"  # the type of an evaluation that a worker does for the server
 
 MAX_EXAMPLES = 10**9  # of one client; more is taken for a mistake or an attack
 

@@ -15,8 +15,6 @@ from fedwsa.evaluation import BATCH, evaluate
 from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.tracing import span
 
-MESSAGE_TYPE = f"evaluate.{messages.TEST_SPLIT}"
-
 
 class CentralTest:
     """Loss and accuracy of a model: here, or in a simulation on the workers, a batch each; the same numbers.
@@ -70,4 +68,4 @@ class CentralTest:
         settings = ConfigRecord({messages.VERSION: messages.SCHEMA_VERSION, **part})
         nodes = self.grid.get_node_ids()
         content = RecordDict({messages.ARRAYS: arrays, messages.CONFIG: settings})
-        return Message(content, nodes[first // BATCH % len(nodes)], MESSAGE_TYPE)
+        return Message(content, nodes[first // BATCH % len(nodes)], messages.TEST_SPLIT)
