@@ -1,7 +1,8 @@
 """A Flower `Array` that keeps its numbers, and makes the bytes of `np.save` only when somebody asks for them."""
 
+import ast
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from io import BytesIO
 from typing import Any, cast
 
@@ -52,9 +53,42 @@ class NumpyArray(Array):
         """Without the chunks that Flower keeps once it has cut the bytes: they cannot be pickled."""
         return {key: value for key, value in self.__dict__.items() if key != "_chunks"}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether another `Array`, of whichever class, holds the same."""
+        if not isinstance(other, Array):
+            return NotImplemented
+        return (self.dtype, self.shape, self.stype) == (other.dtype, other.shape, other.stype) and (
+            self.data == other.data
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # as Flower's
+
     def deflate(self) -> bytes:
         """Flower's wire format, which names the class: so by a plain `Array`."""
         return Array(dtype=self.dtype, shape=self.shape, stype=self.stype, data=self.data).deflate()
+
+
+def from_bytes(data: memoryview) -> NumpyArray | None:
+    """An array over the bytes of `np.save`, which are not copied; None where they are not plainly such."""
+    size = int.from_bytes(data[8:10], "little") + 10  # version 1.0 of the format has 16 bits for the header's length
+    if bytes(data[:8]) != b"\x93NUMPY\x01\x00" or size > len(data):
+        return None
+    dtype, shape = _header(bytes(data[10:size]))
+    if dtype is None or len(data) == size or len(data) - size != int(np.prod(shape)) * dtype.itemsize:
+        return None
+    return NumpyArray(np.frombuffer(data[size:], dtype).reshape(shape))
+
+
+@lru_cache(maxsize=4096)
+def _header(text: bytes) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
+    """Type and shape in the header of `np.save`; reading it takes longer than most arrays take to copy."""
+    try:
+        entries = ast.literal_eval(text.decode("latin1"))
+        dtype = np.dtype(entries["descr"])
+        plain = not (entries["fortran_order"] or dtype.hasobject)
+        return (dtype if plain else None), tuple(entries["shape"])
+    except (ValueError, SyntaxError, KeyError, TypeError):
+        return None, ()
 
 
 def pack(state: Mapping[str, Tensor]) -> ArrayRecord:

@@ -47,6 +47,7 @@ class _Actor:
     core: int | None = None
     link: Link | None = None  # None while it starts
     tasks: deque[_Sent] = field(default_factory=deque)  # in the order in which they were sent
+    connecting: threading.Thread | None = None
 
     def seconds(self) -> float:
         """Of work that it has."""
@@ -194,7 +195,8 @@ class RayEngine:
         )(Worker)
         core = self._free_core()
         actor = _Actor(actor_class.remote(self._threads, core), core)
-        threading.Thread(target=self._connect, args=(actor,), daemon=True).start()
+        actor.connecting = threading.Thread(target=self._connect, args=(actor,), daemon=True)
+        actor.connecting.start()
         return actor
 
     def _free_core(self) -> int | None:
@@ -285,6 +287,8 @@ class RayEngine:
 
     def _end(self, actor: _Actor) -> None:
         ray.kill(actor.handle)
+        if actor.connecting:
+            actor.connecting.join()  # it ends now; a thread that asks Ray while that shuts down ends the process
         if actor.link:
             actor.link.close()
 

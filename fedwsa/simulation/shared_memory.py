@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
 from numpy.typing import NDArray
 
+from fedwsa.arrays import from_bytes
 from fedwsa.tracing import span
 
 ALIGNMENT = 64  # bytes
@@ -81,6 +83,10 @@ class _Pickler(pickle.Pickler):
 
 
 def _array(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    """One of ours where the bytes are those of `np.save` and are what the array says: they need no decoding then."""
+    array = from_bytes(memoryview(data)) if stype == SType.NUMPY else None
+    if array is not None and (array.dtype, array.shape) == (dtype, tuple(shape)):
+        return array
     return Array(dtype=dtype, shape=shape, stype=stype, data=bytes(data))
 
 
