@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.client_app import app as client_app
+from clients.federation import federation
 from experiments.bench.workloads import BATCH, LEARNING_RATE, WORKERS, WORKLOADS, Stopwatch, Workload, arguments
 from fedwsa.config import Config, parse
 from fedwsa.simulation import Engine, open_engine, simulate
@@ -46,7 +47,15 @@ def run(config: Config, notify: Notify, engine: Engine) -> None:
     """A whole run, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         server_app = make_app(Path(folder), notify)
-        simulate(server_app, client_app, config.num_clients, engine=engine, run_config=config.to_run_config())
+        sizes = [len(part) for part in federation(config).training]
+        simulate(
+            server_app,
+            client_app,
+            config.num_clients,
+            engine=engine,
+            run_config=config.to_run_config(),
+            client_sizes=sizes,
+        )
 
 
 def main() -> None:

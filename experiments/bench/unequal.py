@@ -15,6 +15,7 @@ from clients.training import train
 from experiments.bench.ours import ENGINES, make_config, run
 from experiments.bench.workloads import WORKERS, WORKLOADS, Stopwatch, arguments
 from fedwsa.config import Config
+from fedwsa.models import placed
 from fedwsa.simulation import open_engine
 from strategies.rounds import Event
 
@@ -25,7 +26,7 @@ def seconds_alone(config: Config) -> list[float]:
     seconds = []
     for client, indices in enumerate(holdings.training):
         images, labels = holdings.dataset.train_tensors(indices)
-        model = WORKLOADS["unequal"].build()
+        model = placed(WORKLOADS["unequal"].build(), torch.device("cpu"))  # as the client app lays it out
         generator = torch.Generator().manual_seed(client)
         start = time.perf_counter()
         train(model, images, labels, config, generator)
