@@ -14,7 +14,7 @@ from fedwsa.config import Config, from_run_config
 from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import generator, torch_seed
 from fedwsa.tracing import span
-from strategies.central_test import CentralTest
+from strategies.evaluation import CentralEvaluation
 from strategies.gate import Gate
 from strategies.rounds import Event, Notify, Rounds
 
@@ -73,7 +73,7 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     holdout = strategies.Holdout(model, *dataset.train_tensors(held_out))
     evaluated = models.build(config.model, dataset.input_shape, dataset.num_classes, seed=0)
-    evaluate_arrays = CentralTest(models.placed(evaluated, torch.device("cpu")), dataset, grid, config.timeout)
+    evaluate_arrays = CentralEvaluation(models.placed(evaluated, torch.device("cpu")), dataset, grid, config.timeout)
     for name in config.strategies:
         strategy_folder = StrategyFolder(folder / name)
         if strategy_folder.final.exists():

@@ -9,8 +9,8 @@ from flwr.clientapp import ClientApp
 from fedwsa import data, models
 from fedwsa.arrays import pack
 from fedwsa.evaluation import evaluate
-from strategies import central_test
-from strategies.central_test import CentralTest
+from strategies import evaluation
+from strategies.evaluation import CentralEvaluation
 
 BATCH = 100  # of the 359 test images
 
@@ -22,12 +22,12 @@ def model():
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch):
-    monkeypatch.setattr(central_test, "BATCH", BATCH)
+    monkeypatch.setattr(evaluation, "BATCH", BATCH)
 
 
 def make(app, model, num_clients=3):
     grid = grid_of(app, num_clients, tiny(num_clients=3).to_run_config())
-    return CentralTest(models.build("mlp", *DIGITS, seed=0), data.load("digits"), grid, timeout=10), grid
+    return CentralEvaluation(models.build("mlp", *DIGITS, seed=0), data.load("digits"), grid, timeout=10), grid
 
 
 def test_the_workers_give_loss_and_accuracy_of_all_samples(model):
@@ -56,7 +56,7 @@ def test_a_client_app_that_cannot_is_done_without(model):
 
 
 def test_a_small_test_split_stays_here(model, monkeypatch):
-    monkeypatch.setattr(central_test, "BATCH", 359)
+    monkeypatch.setattr(evaluation, "BATCH", 359)
     test, _ = make(client_app, model)
     assert test.grid is None
 

@@ -16,7 +16,7 @@ from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.tracing import span
 
 
-class CentralTest:
+class CentralEvaluation:
     """Loss and accuracy of a model: here, or in a simulation on the workers, a batch each; the same numbers.
 
     model: of the federation's architecture, filled anew at each call. timeout: seconds to wait for the workers.
