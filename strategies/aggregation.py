@@ -82,12 +82,13 @@ class MeanModel:
         self._replies += later._replies
         if isinstance(self._term, list):
             self._replies = 0
+            self._term = [total if total.flags.writeable else total.copy() for total in self._term]
             for total, values in zip(self._term, _stretches(term, len(self._term)), strict=True):
                 for stretch, part in values:
                     total[stretch] += part
         else:
             self._term = _Pair(self._term, term)
-            if self._replies >= AT_ONCE:
+            if self._replies >= AT_ONCE or isinstance(term, list):
                 self._settle()
 
     def record(self) -> ArrayRecord:

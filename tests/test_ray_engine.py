@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from ray import cloudpickle
 
+from fedwsa import tracing
 from fedwsa.arrays import NumpyArray
 from fedwsa.simulation import open_engine, simulate
 from fedwsa.simulation.engine import Population, snapshot
@@ -393,6 +395,41 @@ def test_every_client_computes_with_the_same_number_of_threads(engine):
     assert federate(main, client, 6, engine) == [1] * 6
 
 
+def test_workers_say_what_they_did_as_long_as_somebody_asks(engine, monkeypatch):
+    told = []
+    monkeypatch.setattr(tracing, "keep", lambda worker, slices: told.append((worker, slices)))
+
+    def client(message, context):
+        time.sleep(0.02)
+        return who(message, context)
+
+    def main(grid):
+        return len(grid.send_and_receive(messages(grid)))
+
+    start = time.perf_counter()
+    tracing.start()
+    try:
+        assert federate(main, client, 12, engine) == 12
+    finally:
+        tracing.stop()
+    end = time.perf_counter()
+    by_worker = {}
+    for worker, slices in told:
+        by_worker.setdefault(worker, []).extend(slices)
+    assert len(by_worker) == 2
+    for slices in by_worker.values():
+        assert {what for what, _, _ in slices} == {"wait", "transfer", "train"}
+        assert start <= slices[0][1]
+        assert slices[-1][2] <= end
+        assert all(0 <= later[1] - earlier[2] < 0.1 for earlier, later in pairwise(slices))
+    trained = sum(until - since for slices in by_worker.values() for what, since, until in slices if what == "train")
+    assert 12 * 0.02 <= trained <= 2 * (end - start)
+
+    told.clear()
+    assert federate(main, client, 4, engine) == 4
+    assert [slices for _, slices in told] == [[]] * 4
+
+
 # ---- what goes wrong in a client
 
 
@@ -594,7 +631,7 @@ def test_a_worker_that_cannot_send_its_answer_closes_the_connection():
         return reply(message, value=0)
 
     message = Message(RecordDict(), 1000, "train")
-    end.send((cloudpickle.dumps(Population(client, 1, {})), []), {})
+    end.send((cloudpickle.dumps(Population(client, 1, {})), [], False), {})
     end.send(Packed(None, [message.content], [(message.metadata, 0, 0, None)]), {}, answer=True)
     with pytest.raises(AttributeError, match="Can't pickle local object"):
         worker.serve()

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warni
 import ray
 
 from fedwsa.errors import RunError
+
+CONNECT_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,29 @@ def bring_up(resources: Resources, workers: int) -> None:
     if ray.is_initialized():
         return
     if resources.address:
+        _check_that_somebody_listens(resources.address)
         ray.init(address=resources.address, log_to_driver=False, logging_level=logging.ERROR)
         return
     cpus = workers * resources.cpus_per_client if workers else float(len(os.sched_getaffinity(0)))
     ray.init(
-        num_cpus=max(1, round(cpus + 0.499)), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        address="local",  # else Ray joins what RAY_ADDRESS names, or what was started here by `ray start`
+        num_cpus=max(1, round(cpus + 0.499)),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
     )
+
+
+def _check_that_somebody_listens(address: str) -> None:
+    """Raises RunError, where Ray would end this process."""
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    host, _, port = named.rpartition(":")
+    if not port.isdigit():  # for Ray to find, or to refuse
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(f"ray-address = {address}: there is no Ray at {named} ({error})") from error
 
 
 def count_workers(resources: Resources) -> int:

@@ -197,7 +197,8 @@ class SimulationGrid(Grid):
             return None
         if answer.state is not None:
             self.states[known.partition_id] = answer.state
-        self.durations.learn(known.partition_id, known.message.metadata.message_type, answer.seconds)
+        if answer.seconds:  # else it was given up
+            self.durations.learn(known.partition_id, known.message.metadata.message_type, answer.seconds)
         if answer.reply is not None:
             answer.reply.metadata.__dict__["_message_id"] = f"reply-to-{answer.message_id}"
             if known.sending is None:

@@ -3,6 +3,7 @@
 import os
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
@@ -21,9 +22,7 @@ DEATHS = (  # Ray kills a worker that fills the memory; an outcome can be lost w
     ray.exceptions.RayActorError,
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.ObjectLostError,
-    ray.exceptions.GetTimeoutError,
 )
-FETCH_TIMEOUT = 60.0  # seconds for an outcome that is there to come over
 BLOCKS = 3  # for each worker at least: of the task that it does, of the next one, and of one that waits its turn
 RECORDS = 4  # array records that are kept as they were sent: a round's model is written once
 LARGE = 1 << 15  # bytes; what a socket may not be able to take while the worker is not reading
@@ -49,7 +48,7 @@ class Link(Protocol):
         """Whether the task was sent; one that is too large has to wait until the worker is not busy."""
 
     def receive(self) -> list[Outcome]:
-        """Outcomes that are there. Raises WorkerDiedError."""
+        """Outcomes that are there; a small one may have overtaken a large one. Raises WorkerDiedError."""
 
     def close(self) -> None:
         """Free what the link holds."""
@@ -178,13 +177,17 @@ class SharedMemoryLink:
 
 
 class ObjectStoreLink:
-    """To another machine: Ray carries everything."""
+    """To another machine: Ray carries everything.
 
-    def __init__(self, handle: Any) -> None:
+    coming: what all these links wait for.
+    """
+
+    def __init__(self, handle: Any, coming: set[Future[Outcome]]) -> None:
         self.handle = handle
+        self.coming = coming
         self.packer = _Packer()
         self.recent: Recent[Any] = Recent()
-        self.done: deque[Any] = deque()
+        self.done: deque[Future[Outcome]] = deque()
         self.reader, self.writer = os.pipe()
 
     def fileno(self) -> int:
@@ -199,15 +202,16 @@ class ObjectStoreLink:
         """See Link."""
         packed, records = self.packer.pack(task)
         references = [self.recent.of(record, ray.put) for record in records.values()]
-        reference = self.handle.handle.remote(packed, list(records), *references)
-        reference.future().add_done_callback(lambda _: self._finished(reference))
+        future = self.handle.handle.remote(packed, list(records), *references).future()
+        self.coming.add(future)
+        future.add_done_callback(self._finished)
         return True
 
     def receive(self) -> list[Outcome]:
         """See Link."""
         os.read(self.reader, 1)
         try:
-            return [ray.get(self.done.popleft(), timeout=FETCH_TIMEOUT)]
+            return [self.done.popleft().result()]
         except DEATHS as error:
             raise WorkerDiedError(str(error)) from None
 
@@ -215,9 +219,10 @@ class ObjectStoreLink:
         """See Link."""
         self.recent.clear()
 
-    def _finished(self, reference: Any) -> None:
+    def _finished(self, future: Future[Outcome]) -> None:
         """Called by a thread of Ray's."""
-        self.done.append(reference)
+        self.coming.discard(future)
+        self.done.append(future)
         os.write(self.writer, b".")
 
 

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
@@ -29,7 +30,9 @@ from fedwsa.tracing import span
 _LOG = logging.getLogger("fedwsa")
 
 DEPTH = 2  # tasks at an actor: one is done, the next one is already there
+MOMENT = 0.1  # seconds
 START_TIMEOUT = 120.0  # seconds for Ray and for each actor to come up
+END_TIMEOUT = 10.0  # seconds for what the actors were doing to come or fail once they are ended
 ATTEMPTS = 3  # at a task whose actor died
 
 
@@ -52,6 +55,10 @@ class _Actor:
     def seconds(self) -> float:
         """Of work that it has."""
         return sum(sent.task.seconds for sent in self.tasks)
+
+    def takes_more(self) -> bool:
+        """Whether it has nothing to do, or soon: a task behind a long one would be done sooner by another."""
+        return not self.tasks or (len(self.tasks) < DEPTH and 0 < self.seconds() <= MOMENT)
 
 
 class RayEngine:
@@ -79,16 +86,18 @@ class RayEngine:
         self._queue: deque[_Sent] = deque()
         self._actors: list[_Actor] = []
         self._shared_memory = SharedMemory()
+        self._coming: set[Future[Outcome]] = set()  # from workers on other machines
         self._sockets = tempfile.TemporaryDirectory(prefix="fedwsa-")
         self._started: queue.SimpleQueue[tuple[_Actor, Link | Exception] | Exception] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = os.pipe()
-        start_here = start_here and not (self._resources.address or self._resources.gpus_per_client)
+        here = workers or self._resources.slots(len(os.sched_getaffinity(0)), 0)  # workers; 0: Ray will refuse
+        start_here = start_here and here > 0 and not (self._resources.address or self._resources.gpus_per_client)
         self._here = InProcessEngine(threads_per_client) if start_here else None
         self._closing = False
         self._ray_is_up, self._ended = threading.Event(), threading.Event()
         thread = threading.Thread(target=self._bring_up, daemon=True)
         if start_here:
-            self._workers = workers or self._resources.slots(len(os.sched_getaffinity(0)), 0)
+            self._workers = here
             thread.start()
             return
         with random_kept():
@@ -157,6 +166,7 @@ class RayEngine:
         for actor in self._actors:
             self._end(actor)
         self._actors.clear()
+        wait(self._coming.copy(), END_TIMEOUT)  # one that comes while Ray shuts down ends this process
         if self._owns_ray:
             with random_kept():
                 ray.shutdown()
@@ -170,7 +180,10 @@ class RayEngine:
         """
         try:
             bring_up(self._resources, self._workers)
-            self._workers = self._workers or count_workers(self._resources)
+            fit = count_workers(self._resources)
+            if self._workers > fit:
+                _LOG.warning("workers = %d: only %d fit on Ray's machines", self._workers, fit)
+            self._workers = min(self._workers or fit, fit)
             for _ in range(self._workers):
                 self._actors.append(self._start())
         except Exception as error:
@@ -214,7 +227,7 @@ class RayEngine:
             here = ray.get_runtime_context().get_node_id()
             pid = ray.get(actor.handle.connect.remote(path, here), timeout=START_TIMEOUT)
             if pid is None:
-                self._tell((actor, ObjectStoreLink(actor.handle)))
+                self._tell((actor, ObjectStoreLink(actor.handle, self._coming)))
             else:
                 end = accept(START_TIMEOUT)
                 self._tell((actor, SharedMemoryLink(end, pid, self._shared_memory, actor.handle.serve.remote())))
@@ -259,8 +272,9 @@ class RayEngine:
                 outcomes = actor.link.receive()
         except WorkerDiedError as error:
             return self._crashed(actor, error)
-        for _ in outcomes:
-            actor.tasks.popleft()
+        for outcome in outcomes:
+            first = outcome.answers[0].message_id
+            actor.tasks.remove(next(sent for sent in actor.tasks if sent.task.message_ids[0] == first))
         return outcomes
 
     def _crashed(self, actor: _Actor, error: Exception) -> list[Outcome]:
@@ -293,9 +307,9 @@ class RayEngine:
             actor.link.close()
 
     def _dispatch(self) -> None:
-        """Tasks to the actors that have the least to do, each up to DEPTH."""
+        """Tasks to the actors that have the least to do; to a busy one only where it is for a moment."""
         while self._queue:
-            free = [actor for actor in self._actors if actor.link and len(actor.tasks) < DEPTH]
+            free = [actor for actor in self._actors if actor.link and actor.takes_more()]
             if not free:
                 return
             actor = min(free, key=lambda candidate: (candidate.seconds(), len(candidate.tasks)))

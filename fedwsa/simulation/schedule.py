@@ -7,32 +7,39 @@ from fedwsa.simulation.folding import BLOCK
 UNIT_SECONDS = 0.05  # of work that travels together at the most: a client that hangs takes its unit with it
 SHARE = 1  # units for each worker, at least, in what is left of a round: nobody waits long for the last one
 RECENT = 0.5  # weight of the newest time among those of a client
+ENOUGH = 16  # clients whose times stand for those of the others
 
 
 class Durations:
-    """Seconds that clients take for a type of message: of rounds before, or else from the sizes of their data."""
+    """Seconds that clients take for a type of message.
+
+    What a client took in rounds before; or else what others took, in proportion to the sizes of their data where these
+    are known, or the mean of them where they are enough.
+    """
 
     def __init__(self, sizes: Sequence[int] | None = None) -> None:
         self._sizes = sizes
         self._known: dict[tuple[int, str], float] = {}
-        self._rates: dict[str, tuple[float, float]] = {}  # by type: seconds and samples so far
+        self._rates: dict[str, tuple[float, float, int]] = {}  # by type: seconds, samples and clients so far
 
     def learn(self, partition_id: int, message_type: str, seconds: float) -> None:
         """A client took so long."""
         key = (partition_id, message_type)
         before = self._known.get(key, seconds)
         self._known[key] = before + RECENT * (seconds - before)
-        if self._sizes is not None:
-            total, samples = self._rates.get(message_type, (0.0, 0.0))
-            self._rates[message_type] = total + seconds, samples + self._sizes[partition_id]
+        total, samples, clients = self._rates.get(message_type, (0.0, 0.0, 0))
+        size = 0 if self._sizes is None else self._sizes[partition_id]
+        self._rates[message_type] = total + seconds, samples + size, clients + 1
 
     def seconds(self, partition_id: int, message_type: str) -> float | None:
         """What a client will take; None if nothing tells."""
         known = self._known.get((partition_id, message_type))
-        if known is None and self._sizes is not None and message_type in self._rates:
-            total, samples = self._rates[message_type]
+        if known is not None or message_type not in self._rates:
+            return known
+        total, samples, clients = self._rates[message_type]
+        if self._sizes is not None:
             return total / max(samples, 1.0) * self._sizes[partition_id]
-        return known
+        return total / clients if clients >= ENOUGH else None
 
     def rank(self, partition_id: int, message_type: str) -> float:
         """Larger for clients that take longer: seconds, or before any are known sizes, or all the same."""

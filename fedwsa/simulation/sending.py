@@ -8,7 +8,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 
 from fedwsa.simulation.folding import MakeFold
-from fedwsa.simulation.schedule import Durations, units
+from fedwsa.simulation.schedule import UNIT_SECONDS, Durations, units
 from fedwsa.tracing import span
 
 FEED = 3  # units at the engine for each worker: one computed, one ready for the worker, one for the next free
@@ -40,8 +40,8 @@ class Carrier(Protocol):
 class Sending:
     """Messages that go out in units, the longest first, and whose answers are given in the order of the messages.
 
-    The answers that wait their turn are limited: at the limit the units go out in order, so that the next answer due
-    always comes.
+    The answers that wait their turn are limited: from the limit on the units go out in order, and where the answer due
+    still does not come, only its own.
     """
 
     def __init__(self, grid: Carrier, messages: list[Message], make: MakeFold | None, timeout: float | None) -> None:
@@ -108,9 +108,8 @@ class Sending:
         if self._grid.workers > 1:  # else the order is nothing to gain by
             each = [durations.rank(*kind) for kind in kinds]
             ranks = np.add.reduceat(each, starts[:-1]) if each else ranks
-        # To a factor of two: noise must not send units out of order, since their answers would only wait.
-        steps = np.floor(np.log2(np.maximum(ranks, 1e-6)))
-        self._longest_last = np.lexsort((-np.arange(len(sizes)), steps)).tolist()
+        ranks = np.where(ranks < UNIT_SECONDS, 0, ranks)  # among short ones the order gains nothing: answers would wait
+        self._longest_last = np.lexsort((-np.arange(len(sizes)), ranks)).tolist()
         self._sent = [False] * len(sizes)
         self._lowest = 0  # unit that may not have been sent
         least, most = (each * self._grid.workers for each in HELD)
@@ -137,6 +136,9 @@ class Sending:
             self._lowest += 1
         if self._lowest == len(self._sent):
             return None
+        if len(self._arrived) + self._unanswered >= self._room + FEED * self._grid.workers:
+            is_due = self._units[self._lowest][0] <= self._position
+            return self._lowest if is_due else None
         if len(self._arrived) >= self._room:
             return self._lowest
         while self._sent[self._longest_last[-1]]:

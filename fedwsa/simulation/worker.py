@@ -81,7 +81,9 @@ class Worker:
 
     def begin(self, packed: bytes, path: list[str], trace: bool) -> None:
         """The next tasks are for this pickled population; `path` is where the server finds its modules."""
-        if trace:
+        if not trace:
+            tracing.stop()
+        elif not tracing.is_on():
             tracing.start()
         sys.path.extend(entry for entry in path if entry not in sys.path)
         self.packed, self.population = packed, None
