@@ -12,7 +12,7 @@ from fedwsa.simulation.schedule import UNIT_SECONDS, Durations, units
 from fedwsa.tracing import span
 
 FEED = 3  # units at the engine for each worker: one computed, one ready for the worker, one for the next free
-HELD_BYTES = 1 << 27  # of answers that wait until those before them are there
+HELD_BYTES = 1 << 26  # of answers that wait until those before them are there
 HELD = (2, 16)  # their number for each worker, at least and at most
 
 Piece = tuple[int, Any]  # how many messages it answers, and the reply or their fold (None: given up)
