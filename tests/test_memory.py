@@ -145,9 +145,9 @@ def test_a_small_shared_memory_is_enough_and_nothing_is_said_about_it(tmp_path: 
     values = {"model": MODEL, "cohort": 20, "evaluation-cohort": 0, "local-epochs": 1, "alpha": 100.0, "workers": 2}
     run = ["run", "--out=run", "--strategies=fedavg", "--rounds=1", "--num-clients=20"]
     run += [f"--set={key}={value}" for key, value in values.items()]
+    shell = ["unshare", "-m", "sh", "-c", f'{mount} && df -m --output=size /dev/shm >size && exec "$@"']
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'{mount} && df -m --output=size /dev/shm >size && exec "$@"', "sh"]
-        + [*calling("command"), *run],
+        [*shell, "sh", *calling("command"), *run],
         cwd=tmp_path, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")

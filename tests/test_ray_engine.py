@@ -27,6 +27,7 @@ from fedwsa.arrays import NumpyArray
 from fedwsa.simulation import open_engine, simulate
 from fedwsa.simulation.engine import Population, snapshot
 from fedwsa.simulation.links import Recent
+from fedwsa.simulation.schedule import Durations
 from fedwsa.simulation.shared_memory import Pool, ServerEnd, WorkerEnd
 from fedwsa.simulation.worker import Packed, Worker
 
@@ -542,7 +543,8 @@ def test_a_client_that_always_kills_its_worker_fails_alone(engine, tmp_path):
     assert [(tmp_path / name).read_text() for name in "13"] == ["xxx", "xxx"]
 
 
-def test_a_client_that_hangs_past_the_timeout_is_given_up(engine, tmp_path):
+def test_a_client_that_hangs_past_the_timeout_is_given_up(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(Durations, "seconds", lambda *of: None)  # each travels alone: who travels with it is lost too
     hanging = tmp_path / "hanging"
 
     def client(message, context):

@@ -3,18 +3,24 @@
 import json
 import os
 import pty
+import random
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from clients.client_app import app as client_app
+from experiments import run
 from fedwsa import config
 from fedwsa.run_folder import sha256
 from fedwsa.simulation import open_engine, simulate
@@ -155,6 +161,10 @@ def check_all_gone(processes: dict[int, str], driver: int) -> None:
 
 def check_resumed(cwd: Path, undisturbed: Path) -> None:
     resume(cwd)
+    check_same(cwd, undisturbed)
+
+
+def check_same(cwd: Path, undisturbed: Path) -> None:
     assert models(cwd / "run") == models(undisturbed)
     assert events(cwd / "run") == events(undisturbed)
     assert (cwd / "run/report.html").is_file()
@@ -170,44 +180,54 @@ def test_workers_give_the_same_bytes(tmp_path: Path, undisturbed: Path, workers:
     assert events(tmp_path) == events(undisturbed)
 
 
-def test_killed_right_after_a_checkpoint(tmp_path: Path, undisturbed: Path) -> None:
-    command = Command(tmp_path, ["run", *SMALL, "--engine=inprocess", "--out=run"])
-    command.wait_until((tmp_path / "run/fedavg-wsa/checkpoints/round-000002.safetensors").exists)
-    kill(command)
-    assert "np-merge" not in models(tmp_path / "run")
-    check_resumed(tmp_path, undisturbed)
+def resume_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Go on with a run in this process, whatever engine it began on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "open_engine", lambda *_, **__: open_engine("inprocess"))
+        run.resume(folder, Console(file=StringIO()))
 
 
-def test_killed_in_a_round_on_ray(tmp_path: Path, undisturbed: Path) -> None:
-    command = Command(tmp_path, ["run", *SMALL, "--set=workers=2", "--out=run"], (sys.executable, "-c", ON_RAY))
-    metrics = tmp_path / "run/np-merge/metrics.jsonl"
-    command.wait_until(lambda: metrics.exists() and '"round": 2, "phase": "train"' in metrics.read_text())
-    assert any("raylet" in line for line in survivors(descendants(command.process.pid), command.process.pid))
-    kill(command)
-    assert "np-merge" not in models(tmp_path / "run")
-    check_resumed(tmp_path, undisturbed)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["inprocess", "ray"])
-def test_killed_at_any_moment(tmp_path: Path, undisturbed: Path, engine: str) -> None:
-    """From the first file in the run folder on, at tenths of the time that the rest of the run takes."""
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_killed_at_random_moments(
+    tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, engine: str, times: int
+) -> None:
+    """One moment at random in each part of the time that the run takes from the first file in its folder on.
+
+    Every third is gone on with as it began, the others in this process.
+    """
+    program = (str(FEDWSA),) if engine == "inprocess" else (sys.executable, "-c", ON_RAY)
 
     def begin(name: str) -> Command:
-        program = (str(FEDWSA),) if engine == "inprocess" else (sys.executable, "-c", ON_RAY)
-        command = Command(tmp_path / name, ["run", *SMALL, f"--engine={engine}", "--out=run"], program)
-        command.wait_until((tmp_path / name / "run/config.toml").exists)
+        command = Command(
+            tmp_path / name, ["run", *SMALL, f"--engine={engine}", "--set=workers=2", "--out=run"], program
+        )
+        command.wait_until((command.cwd / "run/config.toml").exists)
         return command
 
     whole, start = begin("whole"), time.monotonic()
     assert whole.wait() == 0
     took = time.monotonic() - start
-    for moment in range(10):
-        command = begin(f"killed-{moment}")
-        time.sleep(took * moment / 10)
-        kill(command)
-        check_resumed(command.cwd, undisturbed)
+    assert models(whole.cwd / "run") == models(undisturbed)
+    rng = random.Random(times)
+    statuses, started = [], {}
+    for number in range(times):
+        command = begin(f"killed-{number}")
+        time.sleep(took * (number + rng.random()) / times)
+        started[command.process.pid] = descendants(command.process.pid)
+        command.process.kill()
+        statuses.append(command.wait())
+        if number % 3 == 2:
+            command = Command(command.cwd, ["run", "--resume=run"], program)
+            assert command.wait() == 0, command.err
+        else:
+            resume_here(command.cwd / "run", monkeypatch)
+        check_same(command.cwd, undisturbed)
+    assert set(statuses) <= {-signal.SIGKILL, 0}
+    assert statuses.count(-signal.SIGKILL) > times / 2  # the last ones may have come too late
+    assert any(len(processes) > 5 for processes in started.values()) == (engine == "ray")  # Ray was there
+    for driver, processes in started.items():
+        check_all_gone(processes, driver)
 
 
 @pytest.mark.slow
@@ -233,6 +253,52 @@ def test_ctrl_c_while_ray_starts(tmp_path: Path) -> None:
     assert command.err == "fedwsa: interrupted; go on with: fedwsa run --resume run\n"
     check_all_gone(started, command.process.pid)
     assert "np-merge" not in models(tmp_path / "run")
+
+
+STUCK = """
+import os
+import time
+from pathlib import Path
+
+from torch import nn
+
+
+class Stuck(nn.Sequential):
+    def __init__(self, input_shape, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(64, num_classes))
+
+    def forward(self, images):
+        if self.training and Path({first!r}).exists():
+            Path({folder!r}, f"training-{{os.getpid()}}").touch()
+            time.sleep(600)
+        return super().forward(images)
+"""
+
+
+def test_ctrl_c_in_the_middle_of_clients_on_ray(tmp_path: Path) -> None:
+    """As it is typed: the terminal sends it to all processes in it, and is as before when they have ended."""
+    shared_memory = set(os.listdir("/dev/shm"))
+    first = tmp_path / "run/fedavg/checkpoints/round-000001.safetensors"
+    (tmp_path / "stuck.py").write_text(STUCK.format(first=str(first), folder=str(tmp_path)))
+    arguments = ["run", *SMALL, "--strategies=fedavg", "--set=model=stuck:Stuck", "--set=workers=2", "--out=run"]
+    terminal = Terminal([sys.executable, "-c", ON_RAY, *arguments], tmp_path, columns=100)
+    before = termios.tcgetattr(terminal.file)
+    terminal.read_until(lambda: len(list(tmp_path.glob("training-*"))) == 2)
+    started = descendants(terminal.pid)
+    assert {int(path.name.split("-")[1]) for path in tmp_path.glob("training-*")} <= started.keys()
+    os.write(terminal.file, b"\x03")
+    start = time.monotonic()
+    terminal.read_until(lambda: False)
+    assert termios.tcgetattr(terminal.file) == before
+    assert terminal.wait() == 130
+    assert time.monotonic() - start < 15
+    assert terminal.written.count("\x1b[?25l") == terminal.written.count("\x1b[?25h") == 1  # the cursor
+    assert [line for line in screen(terminal.written) if line][-1] == (
+        "fedwsa: interrupted; go on with: fedwsa run --resume run"
+    )
+    assert not any(word in terminal.written for word in ("Traceback", "raylet", "Killed"))
+    check_all_gone(started, terminal.pid)
+    assert set(os.listdir("/dev/shm")) <= shared_memory
 
 
 def test_sigterm(tmp_path: Path, undisturbed: Path) -> None:
@@ -271,24 +337,39 @@ def test_full_disk(small_disk: Path, undisturbed: Path) -> None:
     check_resumed(small_disk, undisturbed)
 
 
-def in_terminal(arguments: list[str], cwd: Path, columns: int) -> tuple[int, str]:
-    """Exit status and everything that a command writes to a terminal of this width."""
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(cwd)
-        os.execve(arguments[0], arguments, environment)
-    written = b""
-    while True:
-        try:
-            part = os.read(terminal, 65536)
-        except OSError:  # the other side has closed
-            break
-        if not part:
-            break
-        written += part
-    os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), written.decode()
+class Terminal:
+    """A command in a terminal of its own, whose output is kept."""
+
+    def __init__(self, arguments: list[str], cwd: Path, columns: int) -> None:
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), "LINES": "24"}
+        self.pid, self.file = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.execve(arguments[0], arguments, environment)
+        self._written = b""
+
+    def read_until(self, condition: Callable[[], bool]) -> None:
+        """Or until the command has ended."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, f"it did not come to this point: {self.written}"
+            if not select.select([self.file], [], [], 0.05)[0]:
+                continue
+            try:
+                part = os.read(self.file, 65536)
+            except OSError:  # the other side has closed
+                return
+            if not part:
+                return
+            self._written += part
+
+    @property
+    def written(self) -> str:
+        return self._written.decode()
+
+    def wait(self) -> int:
+        os.close(self.file)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -312,8 +393,10 @@ def screen(written: str) -> list[str]:
 
 def test_terminal(tmp_path: Path) -> None:
     arguments = [str(FEDWSA), "run", *SMALL, "--engine=inprocess", "--seed=0,1", "--out=run"]
-    status, written = in_terminal(arguments, tmp_path, columns=80)
-    assert status == 0
+    terminal = Terminal(arguments, tmp_path, columns=80)
+    terminal.read_until(lambda: False)
+    assert terminal.wait() == 0
+    written = terminal.written
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1  # the cursor is hidden, and shown again
     assert written.index("\x1b[?25l") < written.index("\x1b[?25h")
     shown = ESCAPES.sub("", written).replace("\r", "\n").splitlines()

@@ -22,7 +22,7 @@ from fedwsa.simulation.engine import Answer, Outcome, Population, Task, identify
 from fedwsa.simulation.folding import BLOCK
 from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.simulation.ray_engine import RayEngine, _Actor
-from fedwsa.simulation.schedule import SHARE, UNIT_SECONDS, Durations, units
+from fedwsa.simulation.schedule import ENOUGH, SHARE, UNIT_SECONDS, Durations, units
 from fedwsa.simulation.sending import FEED, HELD, Sending
 
 TRAIN, EVALUATE = "train", "evaluate"
@@ -93,6 +93,16 @@ def test_what_was_learnt_goes_over_sizes_and_those_over_nothing():
     assert sized.seconds(2, TRAIN) == pytest.approx(10.0)  # 7.5 s for 3
     assert sized.seconds(1, TRAIN) == 3.0
     assert sized.seconds(0, EVALUATE) is None
+
+
+def test_where_sizes_are_not_known_enough_others_stand_for_a_client():
+    durations = Durations()
+    for client in range(ENOUGH):
+        assert durations.seconds(99, TRAIN) is None
+        durations.learn(client, TRAIN, 1.0 + client)
+    assert durations.seconds(99, TRAIN) == pytest.approx((ENOUGH + 1) / 2)
+    assert durations.seconds(3, TRAIN) == 4.0
+    assert durations.seconds(99, EVALUATE) is None
 
 
 def test_a_client_without_samples_is_no_error():
@@ -219,6 +229,12 @@ def test_the_first_round_begins_with_the_clients_that_hold_most():
     sizes = [2 ** (7 * k % 19) for k in range(19)]
     longest_first = sorted(range(19), key=lambda k: -sizes[k])
     assert submitted(sizes, 19) == [[k] for k in longest_first]
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=30))
+def test_clients_of_one_size_go_in_their_order(sizes):
+    order = list(chain(*submitted(sizes, len(sizes))))
+    assert order == sorted(range(len(sizes)), key=lambda client: (-sizes[client], client))
 
 
 def test_among_short_units_the_first_goes_first():

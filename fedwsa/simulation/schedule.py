@@ -1,5 +1,6 @@
 """Who computes what when: how long clients take, and which of them travel together. No result depends on it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from fedwsa.simulation.folding import BLOCK
@@ -20,26 +21,28 @@ class Durations:
     def __init__(self, sizes: Sequence[int] | None = None) -> None:
         self._sizes = sizes
         self._known: dict[tuple[int, str], float] = {}
-        self._rates: dict[str, tuple[float, float, int]] = {}  # by type: seconds, samples and clients so far
+        self._rates: dict[str, tuple[float, float, int]] = {}  # by type: seconds, samples and messages so far
+        self._clients: Counter[str] = Counter()  # of whom something is known, by type
 
     def learn(self, partition_id: int, message_type: str, seconds: float) -> None:
         """A client took so long."""
         key = (partition_id, message_type)
+        self._clients[message_type] += key not in self._known
         before = self._known.get(key, seconds)
         self._known[key] = before + RECENT * (seconds - before)
-        total, samples, clients = self._rates.get(message_type, (0.0, 0.0, 0))
+        total, samples, number = self._rates.get(message_type, (0.0, 0.0, 0))
         size = 0 if self._sizes is None else self._sizes[partition_id]
-        self._rates[message_type] = total + seconds, samples + size, clients + 1
+        self._rates[message_type] = total + seconds, samples + size, number + 1
 
     def seconds(self, partition_id: int, message_type: str) -> float | None:
         """What a client will take; None if nothing tells."""
         known = self._known.get((partition_id, message_type))
         if known is not None or message_type not in self._rates:
             return known
-        total, samples, clients = self._rates[message_type]
+        total, samples, number = self._rates[message_type]
         if self._sizes is not None:
             return total / max(samples, 1.0) * self._sizes[partition_id]
-        return total / clients if clients >= ENOUGH else None
+        return total / number if self._clients[message_type] >= ENOUGH else None
 
     def rank(self, partition_id: int, message_type: str) -> float:
         """Larger for clients that take longer: seconds, or before any are known sizes, or all the same."""

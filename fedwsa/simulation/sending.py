@@ -7,7 +7,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 from flwr.app import ArrayRecord, Message
 
-from fedwsa.simulation.folding import MakeFold
+from fedwsa.simulation.folding import BLOCK, MakeFold
 from fedwsa.simulation.schedule import UNIT_SECONDS, Durations, units
 from fedwsa.tracing import span
 
@@ -86,11 +86,17 @@ class Sending:
 
     def arrived(self, position: int, size: int, answer: Any) -> None:
         """Called by the grid."""
-        self._arrived[position] = size, answer
         unit = self._unit_of[position]
         self._missing[unit] -= size
         if self._missing[unit] == 0:
             self._unanswered -= 1
+        if self._make is not None:  # parts that wait are put together as the `Tree` would do it
+            while 2 * size <= BLOCK and self._arrived.get(position ^ size, (0, None))[0] == size:
+                _, other = self._arrived.pop(position ^ size)
+                earlier, later = (other, answer) if position & size else (answer, other)
+                earlier.merge(later)
+                position, size, answer = position & ~size, 2 * size, earlier
+        self._arrived[position] = size, answer
 
     def _may_wait(self) -> bool:
         return self._left is None or self._left > 0
