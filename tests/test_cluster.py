@@ -37,8 +37,9 @@ pytestmark = [pytest.mark.process, pytest.mark.timeout(120)]
 RAY = Path(sys.executable).parent / "ray"
 SOON = {"RAY_health_check_initial_delay_ms": "500", "RAY_health_check_period_ms": "300"}  # of 5 s and 3 s
 SOON |= {"RAY_health_check_failure_threshold": "2"}  # so that a node that is gone is missed after a second, not 15
-# `ray start` gets SIGTERM when this process dies (PR_SET_PDEATHSIG), and ends what it has started
-MORTAL = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+SOON |= {"RAY_worker_register_timeout_seconds": "20"}  # of 60, which Ray waits for a process that died as it started
+# kills the node, a process group of its own, when this process dies without having done so
+WATCH = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) 2>/dev/null &"
 LARGE = 300_000  # float64s; Ray carries replies below 100 kB without its object store
 
 
@@ -81,7 +82,7 @@ class Cluster:
         common = "--node-ip-address=127.0.0.1 --num-cpus=1 --num-gpus=0 --object-store-memory=100000000"
         log = self.folder / f"{len(self.nodes)}.log"
         start = f"{RAY} start {options} {common} --include-log-monitor=false --disable-usage-stats --block"
-        command = f"exec {sys.executable} -c '{MORTAL}' {start}"
+        command = f"{WATCH} exec {start}"
         node = Node(flower, flower.start(command, self.folder, log))
         self.nodes.append(node)
         wait_until(lambda: "Ray runtime started" in log.read_text() or node.process.poll() is not None, seconds=40)

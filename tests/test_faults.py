@@ -34,7 +34,7 @@ from fedwsa.simulation import Engine, open_engine, sending, shared_memory, simul
 from fedwsa.simulation.links import RECORDS
 from strategies.server_app import make_app
 
-pytestmark = pytest.mark.timeout(90)
+pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(180)]
 
 WORKERS = 2
 SERVING = "ray::Worker.serve"  # what a worker that is up calls itself
