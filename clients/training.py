@@ -25,7 +25,8 @@ def train(
     `generator`; the last batch of an epoch may be smaller. Momentum buffers start at zero at each call.
     The functional form of PyTorch's SGD is used: building a `torch.optim.Optimizer` imports its compiler, a second.
     """
-    model.train()
+    if not model.training:  # it goes through all modules
+        model.train()
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     buffers: list[Tensor | None] = [None] * len(parameters)
     regularizer = _regularizer(model, alignment)

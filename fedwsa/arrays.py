@@ -4,6 +4,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache
 from io import BytesIO
+from math import prod
 from typing import Any, cast
 
 import numpy as np
@@ -43,11 +44,17 @@ class NumpyArray(Array):
 
     def numpy(self) -> NDArray[Any]:
         """A copy, as Flower's own `numpy` gives: the caller may write to it."""
-        return cast(NDArray[Any], self.__dict__["_array"].copy())
+        return cast("NDArray[Any]", self.__dict__["_array"].copy())
 
     def view(self) -> NDArray[Any]:
         """The numbers themselves, not to be written to."""
-        return cast(NDArray[Any], self.__dict__["_array"])
+        return cast("NDArray[Any]", self.__dict__["_array"])
+
+    def __copy__(self) -> "NumpyArray":
+        """Another with the same numbers; Python's own way to it takes ten times as long."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__getstate__())
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the chunks that Flower keeps once it has cut the bytes: they cannot be pickled."""
@@ -74,7 +81,7 @@ def from_bytes(data: memoryview) -> NumpyArray | None:
     if bytes(data[:8]) != b"\x93NUMPY\x01\x00" or size > len(data):
         return None
     dtype, shape = _header(bytes(data[10:size]))
-    if dtype is None or len(data) == size or len(data) - size != int(np.prod(shape)) * dtype.itemsize:
+    if dtype is None or len(data) == size or len(data) - size != prod(shape) * dtype.itemsize:
         return None
     return NumpyArray(np.frombuffer(data[size:], dtype).reshape(shape))
 
@@ -121,7 +128,10 @@ def unpack(record: Mapping[str, Array]) -> dict[str, Tensor]:
 
 def num_bytes(record: Mapping[str, Array]) -> int:
     """Bytes of the numbers, without headers."""
-    return sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in record.values())
+    return sum(
+        array.view().nbytes if isinstance(array, NumpyArray) else prod(array.shape) * np.dtype(array.dtype).itemsize
+        for array in record.values()
+    )
 
 
 def load(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> None:

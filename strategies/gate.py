@@ -270,10 +270,10 @@ def _metrics_fault(metrics: MetricRecord) -> str | None:
 
 def _arrays_fault(arrays: ArrayRecord, layout: Layout) -> str | None:
     """Also puts the decoded numbers in place of bytes, so that nobody decodes them again."""
-    if unlike := layout.keys() ^ arrays.keys():
-        return f"array names differ: {sorted(unlike)}"
-    if list(layout) != list(arrays):  # scopes are told apart by it
-        return f"arrays are not in the order in which they were sent: {list(arrays)}"
+    if list(layout) != list(arrays):
+        if unlike := layout.keys() ^ arrays.keys():
+            return f"array names differ: {sorted(unlike)}"
+        return f"arrays are not in the order in which they were sent: {list(arrays)}"  # scopes are told apart by it
     for name, (shape, dtype) in layout.items():
         try:
             values = view(arrays[name])

@@ -307,9 +307,13 @@ class RayEngine:
             actor.link.close()
 
     def _dispatch(self) -> None:
-        """Tasks to the actors that have the least to do; to a busy one only where it is for a moment."""
+        """Tasks to the actors that have the least to do; to a busy one only where it is for a moment.
+
+        The last tasks wait for whoever is idle first.
+        """
         while self._queue:
-            free = [actor for actor in self._actors if actor.link and actor.takes_more()]
+            last = len(self._queue) < len(self._actors)
+            free = [each for each in self._actors if each.link and (each.takes_more() if not last else not each.tasks)]
             if not free:
                 return
             actor = min(free, key=lambda candidate: (candidate.seconds(), len(candidate.tasks)))

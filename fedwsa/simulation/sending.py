@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -201,4 +202,4 @@ def _reply_bytes(messages: list[Message], make: MakeFold | None) -> int:
     records = messages[0].content.values() if messages else ()
     arrays = [array for record in records if isinstance(record, ArrayRecord) for array in record.values()]
     width = 2 if make else 1
-    return width * sum(int(np.prod(array.shape)) * np.dtype(array.dtype).itemsize for array in arrays)
+    return width * sum(prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)

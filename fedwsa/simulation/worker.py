@@ -43,6 +43,7 @@ class Worker:
     def __init__(self, threads: int, core: int | None = None) -> None:
         if core is not None:
             os.sched_setaffinity(0, {core})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         self.threads = threads
         self.name = f"worker {os.getpid()} on {socket.gethostname()}"
         identify()
