@@ -34,7 +34,7 @@ from fedwsa.simulation import Engine, open_engine, sending, shared_memory, simul
 from fedwsa.simulation.links import RECORDS
 from strategies.server_app import make_app
 
-pytestmark = [pytest.mark.slow, pytest.mark.process, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.process
 
 WORKERS = 2
 SERVING = "ray::Worker.serve"  # what a worker that is up calls itself
@@ -242,7 +242,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- a worker dies
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("kind", "size", "clients", "again"),
     [
@@ -283,7 +282,6 @@ def test_a_worker_killed_in_the_middle_of_a_client_costs_nothing(
     }
 
 
-@pytest.mark.process
 def test_a_client_that_kills_its_worker_each_time_fails_alone(
     tmp_path: Path, engine: Engine, units: Callable[[int], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,7 +299,6 @@ def test_a_client_that_kills_its_worker_each_time_fails_alone(
     assert model(tmp_path / "run") == model(tmp_path / "raised")
 
 
-@pytest.mark.process
 def test_what_a_client_started_ends_with_its_worker(tmp_path: Path, engine: Engine) -> None:
     """A data loader's processes, for one."""
     started = tmp_path / "started"
@@ -318,7 +315,6 @@ def test_what_a_client_started_ends_with_its_worker(tmp_path: Path, engine: Engi
 # ---- a client fails
 
 
-@pytest.mark.process
 def test_a_client_that_raises_gives_an_error_reply_with_its_traceback(
     engine: Engine, units: Callable[[int], None]
 ) -> None:
@@ -425,7 +421,6 @@ def hold_everything() -> None:
     ctypes.PyDLL(None).sleep(600)
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("hang", "size"), [(lambda: time.sleep(600), 1), (hold_everything, 4)], ids=["asleep", "holding the interpreter"]
 )
@@ -464,7 +459,6 @@ def run_out_of_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.mark.process
 def test_a_client_that_runs_out_of_memory_is_left_out(
     tmp_path: Path, engine: Engine, units: Callable[[int], None]
 ) -> None:
@@ -475,7 +469,6 @@ def test_a_client_that_runs_out_of_memory_is_left_out(
     assert model(tmp_path / "run") == model(tmp_path / "raised")
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("size", [1, 4])
 def test_without_room_for_shared_memory_numbers_go_through_the_socket(
     tmp_path: Path,
@@ -539,7 +532,6 @@ HOLDERS: dict[str, Callable[[Any], Callable[..., Message]]] = {
 CASES = [*(("lock", where) for where in HOLDERS), *((kind, next(iter(HOLDERS))) for kind in list(THINGS)[1:])]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(("kind", "where"), CASES)
 def test_an_app_that_cannot_be_sent_is_an_error_that_names_what_is_to_blame(
     tmp_path: Path, engine: Engine, kind: str, where: str

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ray import cloudpickle
@@ -34,6 +35,14 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         for kind, variables in (("variable", used.nonlocals), ("global", used.globals)):
             for key, part in variables.items():
                 yield f"{kind} {key!r} of {value.__qualname__}()", part
+        for parameter in inspect.signature(value).parameters.values():
+            yield f"argument {parameter.name!r} of {value.__qualname__}()", parameter.default
+    elif inspect.ismethod(value):
+        yield type(value.__self__).__qualname__, value.__self__
+    elif isinstance(value, partial):
+        for place, part in (*enumerate(value.args), *value.keywords.items()):
+            yield f"argument {place!r} of partial({getattr(value.func, '__qualname__', value.func)})", part
+        yield name, value.func
     elif isinstance(value, dict):
         for key, part in value.items():
             yield f"{name}[{key!r}]", part

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
-from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept  # before Ray: it sets Ray up
+from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept, shut_down
 
-import ray  # isort: skip
+import ray  # isort: skip  # after the module above, which sets it up
 from flwr.app import Error, Message
 
 from fedwsa import tracing
@@ -167,9 +167,9 @@ class RayEngine:
             self._end(actor)
         self._actors.clear()
         wait(self._coming.copy(), END_TIMEOUT)  # one that comes while Ray shuts down ends this process
+        self._shared_memory = SharedMemory()
         if self._owns_ray:
-            with random_kept():
-                ray.shutdown()
+            shut_down()
         self._ended.set()
         self._sockets.cleanup()
 

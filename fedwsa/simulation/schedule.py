@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fedwsa.simulation.folding import BLOCK
 
 UNIT_SECONDS = 0.05  # of work that travels together at the most: a client that hangs takes its unit with it
-SHARE = 1  # units for each worker, at least, in what is left of a round: nobody waits long for the last one
+SHARE = 1.5  # units for each worker, at least, in what is left of a round: nobody waits long for the last one
 RECENT = 0.5  # weight of the newest time among those of a client
 ENOUGH = 16  # clients whose times stand for those of the others
 
