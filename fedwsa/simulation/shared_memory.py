@@ -28,7 +28,7 @@ from fedwsa.tracing import span
 ALIGNMENT = 64  # bytes
 SMALL = 1 << 14  # bytes of numbers that are not worth a block
 SEEN = 8  # records that a worker keeps mapped beyond those in use
-LENT_BYTES = 1 << 28  # in all blocks together; where they are used up, answers are copied out of theirs
+LENT_BYTES = 1 << 27  # in all blocks together; where they are used up, answers are copied out of theirs
 
 
 class Segment:
