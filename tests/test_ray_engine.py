@@ -604,6 +604,7 @@ def test_a_ray_that_does_not_start_is_an_error_that_says_why(monkeypatch):
 
     ended = []
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray._private.worker, "_global_node", None)  # not that of the engine of other tests
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
     with (

@@ -6,7 +6,7 @@ import random
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,8 @@ def shut_down() -> None:
     with random_kept():
         ray.shutdown()
     for process in processes:
-        process.wait(END_TIMEOUT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_TIMEOUT)
 
 
 def _check_that_somebody_listens(address: str) -> None:
