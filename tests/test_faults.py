@@ -483,7 +483,7 @@ def test_without_room_for_shared_memory_numbers_go_through_the_socket(
 
     units(size)
     monkeypatch.setattr(shared_memory, "_write_whole", full)
-    monkeypatch.setattr(shared_memory.Pool, "borrow", lambda self: None)
+    monkeypatch.setattr(shared_memory.Pool, "borrow", lambda self, expected: None)
     events = run(config(), tmp_path, engine, client_app)
     assert model(tmp_path) == model(undisturbed)
     assert events == lines(undisturbed / "fedavg" / "metrics.jsonl")

@@ -28,7 +28,7 @@ from fedwsa.simulation import open_engine, simulate
 from fedwsa.simulation.engine import Population, snapshot
 from fedwsa.simulation.links import Recent
 from fedwsa.simulation.schedule import Durations
-from fedwsa.simulation.shared_memory import Pool, ServerEnd, WorkerEnd
+from fedwsa.simulation.shared_memory import LENT_BYTES, Expected, Pool, ServerEnd, WorkerEnd
 from fedwsa.simulation.worker import Packed, Worker
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(60)]
@@ -635,7 +635,7 @@ def test_a_worker_that_cannot_send_its_answer_closes_the_connection():
 
     message = Message(RecordDict(), 1000, "train")
     end.send((cloudpickle.dumps(Population(client, 1, {})), [], False), {})
-    end.send(Packed(None, [message.content], [(message.metadata, 0, 0, None)]), {}, answer=True)
+    end.send(Packed(None, [message.content], [(message.metadata, 0, 0, None)]), {}, Expected("one", 0))
     with pytest.raises(AttributeError, match="Can't pickle local object"):
         worker.serve()
     with pytest.raises(EOFError):
@@ -645,12 +645,11 @@ def test_a_worker_that_cannot_send_its_answer_closes_the_connection():
 def test_memory_lent_to_a_worker_that_was_given_up_is_not_lent_again():
     """It may be writing its answer there."""
     pool = Pool()
-    pool.need(1 << 20)
 
     def borrow():
         ours, theirs = Pipe()
         server, worker = ServerEnd(ours, os.getpid(), pool), WorkerEnd(theirs)
-        server.send("a value", {}, answer=True)
+        server.send("a value", {}, Expected("large", 1 << 20))
         assert worker.receive() == ("a value", {})
         return server, worker.blocks[worker.block].memory
 
@@ -659,6 +658,46 @@ def test_memory_lent_to_a_worker_that_was_given_up_is_not_lent_again():
     _, other = borrow()
     given_up[:] = 7
     assert other.max() == 0
+
+
+def test_blocks_fit_what_is_expected_or_what_came_before():
+    pool = Pool()
+    small, large = pool.borrow(Expected("small", 1 << 20)), pool.borrow(Expected("large", 1 << 24))
+    assert [pool.blocks[number].size for number in (small, large)] == [1 << 20, 1 << 24]
+    pool.give_back(large)
+    pool.give_back(small)
+    assert pool.borrow(Expected("small", 1 << 20)) == small
+    assert pool.borrow(Expected("small", 1 << 20)) == large  # rather than a new one
+    pool.give_back(small)
+    pool.learn("small", 1 << 21)
+    assert pool.blocks[pool.borrow(Expected("small", 1 << 20))].size == 1 << 21
+    assert pool.borrow(Expected("none", 100)) is None  # it goes through the socket
+
+
+def test_blocks_are_limited_and_answers_are_copied_where_they_are_used_up():
+    pool, expected = Pool(least=1), Expected("half", LENT_BYTES // 2)
+    first, second = pool.borrow(expected), pool.borrow(expected)
+    assert pool.borrow(expected) is None
+    kept = pool.take(first, 10)
+    assert first in pool.free  # for the next one
+    copied_from = pool.blocks[first].memory
+    copied_from[:10] = 7
+    assert kept.max() == 0
+    assert pool.borrow(Expected("more", LENT_BYTES // 2 + 1)) is None
+    pool.give_back(second)
+    assert pool.borrow(Expected("all", LENT_BYTES)) is not None  # in place of the free ones
+    assert len(pool.blocks) == 1
+    assert pool.borrow(Expected("beyond", 2 * LENT_BYTES)) is None
+    assert Pool(least=1).borrow(Expected("large", LENT_BYTES + 1)) is not None
+
+
+def test_a_block_is_lent_again_when_nobody_looks_at_the_answer_any_more():
+    pool = Pool()
+    number = pool.borrow(Expected("answer", 1 << 20))
+    view = pool.take(number, 10)[2:5]
+    assert pool.free == []
+    del view
+    assert pool.free == [number]
 
 
 def test_numbers_that_were_sent_a_moment_ago_are_not_prepared_again():

@@ -10,12 +10,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 costs a fifth of the speed
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3")  # of 60, which Ray's agents outlive a kill -9 by
-os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")  # what a client started ends with its worker
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else a warning on machines without a GPU
-
 import ray
 
 from fedwsa.errors import RunError

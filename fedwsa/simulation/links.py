@@ -15,7 +15,7 @@ from fedwsa.arrays import NumpyArray
 from fedwsa.simulation import pickling
 from fedwsa.simulation.engine import Outcome, Task
 from fedwsa.simulation.folding import MakeFold
-from fedwsa.simulation.shared_memory import Pool, Sent, ServerEnd
+from fedwsa.simulation.shared_memory import Expected, Pool, Sent, ServerEnd
 from fedwsa.simulation.worker import Packed, Place
 
 DEATHS = (  # Ray kills a worker that fills the memory; an outcome can be lost with the machine that it lies on
@@ -151,9 +151,10 @@ class SharedMemoryLink:
         packed, records = self.shared.packer.pack(task)
         sent = {place: self.shared.sent(record) for place, record in records.items()}
         largest = max((one.size for one in sent.values()), default=0)
-        self.shared.pool.need(largest * (2 if task.make else len(task.jobs)))  # a fold is of float64
+        folds, jobs = task.make is not None, len(task.jobs)
+        times = (2 if jobs > 1 else 1) if folds else jobs  # sums are float64; of one reply it is the reply
         with suppress(OSError):
-            self.end.send(packed, sent, answer=True)
+            self.end.send(packed, sent, Expected((folds, jobs), largest * times))
         return True
 
     def receive(self) -> list[Outcome]:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from typing import Any
 
-from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept, shut_down
-
-import ray  # isort: skip  # after the module above, which sets it up
+import ray
 from flwr.app import Error, Message
 
 from fedwsa import tracing
 from fedwsa.errors import RunError
 from fedwsa.simulation import pickling
+from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept, shut_down
 from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Outcome, Population, Task, without
 from fedwsa.simulation.links import Link, ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
 from fedwsa.simulation.shared_memory import listen
@@ -166,6 +165,10 @@ class RayEngine:
         for actor in self._actors:
             self._end(actor)
         self._actors.clear()
+        while not self._started.empty():  # those that nobody has taken over
+            news = self._started.get()
+            if isinstance(news, tuple) and not isinstance(news[1], Exception):
+                news[1].close()
         wait(self._coming.copy(), END_TIMEOUT)  # one that comes while Ray shuts down ends this process
         self._shared_memory = SharedMemory()
         if self._owns_ray:

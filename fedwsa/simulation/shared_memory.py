@@ -11,11 +11,11 @@ import pickle
 import socket
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from io import BytesIO
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
@@ -27,6 +27,7 @@ from fedwsa.tracing import span
 
 ALIGNMENT = 64  # bytes
 SMALL = 1 << 14  # bytes of numbers that are not worth a block
+ROUNDED = 1 << 16  # bytes: answers of one kind that differ by little fit in each other's blocks
 SEEN = 8  # records that a worker keeps mapped beyond those in use
 LENT_BYTES = 1 << 27  # in all blocks together; where they are used up, answers are copied out of theirs
 
@@ -106,6 +107,13 @@ def dumps(value: Any) -> tuple[bytes, list[memoryview]]:
     return stream.getvalue(), buffers
 
 
+class Expected(NamedTuple):
+    """An answer that is to come: how large the first of its kind is thought to be, in bytes of numbers."""
+
+    kind: Hashable
+    guess: int
+
+
 class Pool:
     """Blocks that the server lends to workers for answers, and gets back when nobody looks at the answer any more.
 
@@ -115,30 +123,28 @@ class Pool:
     def __init__(self, least: int = 0) -> None:
         self.blocks: dict[int, Segment] = {}
         self.free: list[int] = []
-        self.block_size = 0
         self.least = least
+        self._sizes: dict[Hashable, int] = {}  # of the largest answer of each kind so far
         self._next = 0
 
-    def need(self, size: int) -> None:
-        """Blocks from now on hold `size` bytes at least."""
-        if size > self.block_size:
-            self.block_size = size
-            for number in self.free:
-                del self.blocks[number]
-            self.free.clear()
+    def learn(self, kind: Hashable, size: int) -> None:
+        """An answer of this kind had so many bytes."""
+        self._sizes[kind] = max(size, self._sizes.get(kind, 0))
 
-    def is_scarce(self) -> bool:
-        """Whether the next one who borrows would get nothing."""
-        return not self.free and len(self.blocks) >= max(self.least, LENT_BYTES // max(1, self.block_size))
-
-    def borrow(self) -> int | None:
-        """A free block, or a new one while there is room; None if the answer must do without."""
-        if self.block_size < SMALL or self.is_scarce():
+    def borrow(self, expected: Expected) -> int | None:
+        """A free block in which the answer fits, or a new one while there is room; None if it must do without."""
+        size = max(expected.guess, self._sizes.get(expected.kind, 0))
+        if size < SMALL:
             return None
-        if self.free:
-            return self.free.pop()
+        if (fitting := self._fitting(size)) is not None:
+            self.free.remove(fitting)
+            return fitting
+        size = -(-size // ROUNDED) * ROUNDED
+        self._make_room(size)
+        if not self._has_room(size):
+            return None
         try:
-            segment = Segment(self.block_size)
+            segment = Segment(size)
         except OSError:
             return None
         self._next += 1
@@ -146,21 +152,33 @@ class Pool:
         return self._next
 
     def give_back(self, number: int) -> None:
-        """The block may be lent again; one that has become too small is dropped."""
-        if self.blocks[number].size < self.block_size:
-            del self.blocks[number]
-        else:
-            self.free.append(number)
+        """The block may be lent again."""
+        self.free.append(number)
 
     def take(self, number: int, size: int) -> NDArray[np.uint8]:
         """The first bytes of a block that was lent: free when their last view dies, or copied if blocks are scarce."""
-        memory = np.frombuffer(self.blocks[number].memory.data, np.uint8, count=size)
-        if self.is_scarce():
+        block = self.blocks[number]
+        memory = np.frombuffer(block.memory.data, np.uint8, count=size)
+        if self._fitting(block.size) is None and not self._has_room(block.size):
             memory = memory.copy()
             self.give_back(number)
         else:
             weakref.finalize(memory, self.give_back, number).atexit = False
         return memory
+
+    def _fitting(self, size: int) -> int | None:
+        """The smallest free block of this size or more."""
+        fitting = [number for number in self.free if self.blocks[number].size >= size]
+        return min(fitting, key=lambda number: self.blocks[number].size, default=None)
+
+    def _make_room(self, size: int) -> None:
+        """Drop free blocks, the oldest first, as far as a new one of this size needs it."""
+        while self.free and not self._has_room(size):
+            del self.blocks[self.free.pop(0)]
+
+    def _has_room(self, size: int) -> bool:
+        lent = sum(block.size for block in self.blocks.values())
+        return len(self.blocks) < self.least or lent + size <= LENT_BYTES
 
 
 class Sent:
@@ -200,18 +218,18 @@ class ServerEnd:
         self.pool = pool
         self.records: OrderedDict[int, None] = OrderedDict()  # that the worker has
         self.blocks: set[int] = set()  # likewise
-        self.lent: deque[int | None] = deque()  # for each answer that is due
+        self.lent: deque[tuple[int | None, Hashable]] = deque()  # block and kind of each answer that is due
 
-    def send(self, value: Any, records: Mapping[Any, Sent], *, answer: bool = False) -> None:
-        """A value with records to be put into it. answer: whether one will come.
+    def send(self, value: Any, records: Mapping[Any, Sent], answer: Expected | None = None) -> None:
+        """A value with records to be put into it. answer: what will come back, if anything will.
 
         Raises OSError: the worker is gone.
         """
         fds = []
         pool = self.pool
-        block = pool.borrow() if answer else None
+        block = pool.borrow(answer) if answer else None
         if answer:
-            self.lent.append(block)
+            self.lent.append((block, answer.kind))
         new: dict[int, Any] = {}
         for sent in records.values():
             if sent.number not in self.records:
@@ -239,7 +257,7 @@ class ServerEnd:
     def receive(self) -> Any:
         """The next answer. Raises EOFError or OSError: the worker is gone."""
         pickled, layout, size, in_block = pickle.loads(self.connection.recv_bytes())
-        block = self.lent.popleft()
+        block, kind = self.lent.popleft()
         parts: list[Any]
         if in_block:
             assert block is not None
@@ -248,13 +266,13 @@ class ServerEnd:
             parts = [self.connection.recv_bytes() for _ in layout]
             if block is not None:
                 self.pool.give_back(block)
-        self.pool.need(size)
+        self.pool.learn(kind, size)
         return pickle.loads(pickled, buffers=parts)
 
     def close(self) -> None:
         """No answer that is still due will come. The worker may write one yet: its blocks are not lent again."""
         self.connection.close()
-        for block in self.lent:
+        for block, _ in self.lent:
             if block is not None:
                 del self.pool.blocks[block]
         self.lent.clear()
