@@ -2,43 +2,121 @@
 
 A model is made by a callable `(input_shape, num_classes, **options) -> nn.Module`. To add one: one file, one line in
 `MODELS` (or none: `build` takes an import path too). Merging reads the hidden units off the order of the state dict,
-so keep it a chain: weight and bias of each layer, in the order in which forward uses them.
+so keep it a chain where you can: weight and bias of each layer, in the order in which forward uses them.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedwsa.config import Config
 from fedwsa.models.cnn import CNN
+from fedwsa.models.initialisation import initialise
 from fedwsa.models.mlp import MLP
+from fedwsa.models.resnet import resnet8, resnet20
+from fedwsa.models.vgg import VGG8
 from fedwsa.registry import lookup
 
-__all__ = ["CNN", "MLP", "MODELS", "build", "placed"]
+__all__ = ["CNN", "MLP", "MODELS", "VGG8", "build", "of_config", "placed", "resnet8", "resnet20"]
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "cnn": CNN}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "vgg8": VGG8,
+    "resnet8": resnet8,
+    "resnet20": resnet20,
+}
+
+OPTIONS = ("width", "norm")  # keys of the config that reach a factory with a parameter of that name
+
+Shape = tuple[int, int, int]
 
 
-def build(name: str, input_shape: tuple[int, int, int], num_classes: int, seed: int, **options: Any) -> nn.Module:
+def of_config(config: Config, input_shape: Shape, num_classes: int, seed: int) -> nn.Module:
+    """The model that a config names, with its `width` and `norm` where the factory takes them, and its `init`.
+
+    Otherwise as `build`; also raises ValueError where such a key is set and the factory does not take it.
+    """
+    taken = inspect.signature(_factory(config.model)).parameters
+    options = {}
+    for key in OPTIONS:
+        value, default = getattr(config, key), Config.model_fields[key].default
+        if key in taken:
+            options[key] = value
+        elif value != default:
+            raise ValueError(f"{key} = {value!r}: model {config.model!r} has no such option; allowed is {default!r}")
+    return build(config.model, input_shape, num_classes, seed, config.init, **options)
+
+
+def build(
+    name: str, input_shape: Shape, num_classes: int, seed: int, init: str = "default", **options: Any
+) -> nn.Module:
     """Make a model by its registered name, or by an import path "package.module:factory"; on the CPU.
 
+    A factory that takes no shape, and num_classes by keyword, as torchvision's do, will do too.
     input_shape: channels, height, width. options: what the model's own factory takes besides.
     seed: decides the initial weights, and nothing else does; the global generator is left as it was.
-    Raises ValueError for an unknown name or options that the model does not take.
+    init: a scheme of `initialisation.SCHEMES`, or "default" for the numbers that the model itself begins with.
+    Raises ValueError for an unknown name or scheme, options that the model does not take, or images that it does not.
     """
-    factory = lookup(MODELS, name, "model")
+    factory = _factory(name)
+    signature = inspect.signature(factory)
+    shapeless = _is_shapeless(signature)
+    arguments = () if shapeless else (input_shape, num_classes)
+    keywords = {"num_classes": num_classes, **options} if shapeless else options
     try:
-        inspect.signature(factory).bind(input_shape, num_classes, **options)
+        signature.bind(*arguments, **keywords)
     except TypeError as error:
-        raise ValueError(f"model {name!r} does not take (input_shape, num_classes, **options): {error}") from error
+        way = "(num_classes=…, **options)" if shapeless else "(input_shape, num_classes, **options)"
+        raise ValueError(f"model {name!r} does not take {way}: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU's generator too
-        model = factory(input_shape, num_classes, **options)
+        model = factory(*arguments, **keywords)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} must be a torch.nn.Module, got {type(model).__name__}")
+    if shapeless:
+        _check_takes(model, name, input_shape)
+    if init != "default":
+        initialise(model, init, seed)
     return model
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    factory = lookup(MODELS, name, "model")
+    if not callable(factory):
+        raise ValueError(f"model {name!r} does not take (input_shape, num_classes, **options): it is not a callable")
+    return factory
+
+
+def _is_shapeless(signature: inspect.Signature) -> bool:
+    """Whether a factory takes num_classes by keyword: it is named so elsewhere than second, or there is no place."""
+    parameters: Mapping[str, inspect.Parameter] = signature.parameters
+    if "num_classes" in parameters:
+        return list(parameters).index("num_classes") != 1
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return all(parameter.kind in by_keyword for parameter in parameters.values())
+
+
+def _check_takes(model: nn.Module, name: str, input_shape: Shape) -> None:
+    """A factory that is told no shape may have made a model for others."""
+    channels = input_shape[0]
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != channels:
+        raise ValueError(
+            f"model {name!r} takes images of {first.in_channels} channels, these have {channels}; "
+            "allowed are other data, or a factory (input_shape, num_classes) of your own around it"
+        )
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, *input_shape))
+    except Exception as error:  # whatever a module says to images that it is not made for
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"model {name!r} does not take images {input_shape}: {reason}") from error
+    model.train(training)
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,0 +1,83 @@
+"""Models in safetensors files: how a run begins with one, and stays repeatable."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from fedwsa.config import Config
+
+SHOWN = 6  # tensor names in an error
+
+
+def read(path: Path, sha256: str = "") -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; of a run's checkpoint, the model's.
+
+    In the order of their names, numbers in them by size: the file does not keep the model's.
+    sha256: hex digest that the file must have; empty: any.
+    Raises ValueError, one line with the path, for a file that cannot be read, is none, or has another digest.
+    """
+    content = _content(path)
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 and found != sha256:
+        raise ValueError(f"{path}: its SHA-256 is {found}, allowed is {sha256}: the file that the config means")
+    try:
+        tensors = load(content)
+    except Exception as error:  # whatever damaged bytes lead to
+        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+    prefix = "model/"  # of the model in a checkpoint, see `StrategyFolder.save_checkpoint`
+    model = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return dict(sorted((model or tensors).items(), key=lambda item: _place(item[0])))
+
+
+@torch.no_grad()
+def begin(model: nn.Module, config: Config) -> None:
+    """Give a model the numbers of the config's `initial-model`, in the model's own types; without one, nothing.
+
+    Raises ValueError as `read` does, and where names or shapes differ.
+    """
+    if not config.initial_model:
+        return
+    tensors, state = read(Path(config.initial_model), config.initial_model_sha256), model.state_dict()
+    where = f"initial-model {config.initial_model}"
+    if unlike := state.keys() ^ tensors.keys():
+        raise ValueError(f"{where}: tensor names differ from those of model {config.model!r}: {_some(unlike)}")
+    if unlike := {name for name in state if state[name].shape != tensors[name].shape}:
+        shapes = (f"{name} {tuple(tensors[name].shape)} instead of {tuple(state[name].shape)}" for name in unlike)
+        raise ValueError(f"{where}: shapes differ from those of model {config.model!r}: {_some(shapes)}")
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
+
+
+def pinned(config: Config) -> Config:
+    """The config with the SHA-256 of its initial model, so that what is repeated or resumed begins with the same.
+
+    Raises ValueError, one line with the path, for a file that cannot be read.
+    """
+    if not config.initial_model or config.initial_model_sha256:
+        return config
+    digest = hashlib.sha256(_content(Path(config.initial_model))).hexdigest()
+    return config.model_copy(update={"initial_model_sha256": digest})
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _place(name: str) -> list[str | int]:
+    """What puts layers.2 before layers.10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few in the alphabet."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - SHOWN} more" if len(ordered) > SHOWN else ""
+    return ", ".join(ordered[:SHOWN]) + more
