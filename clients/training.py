@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
 from fedwsa.config import Config
+from fedwsa.data.augmentation import Augmented
 from fedwsa.messages import Alignment
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope
@@ -13,7 +14,7 @@ from fedwsa.scope import WeightScope
 
 def train(
     model: nn.Module,
-    images: Tensor,
+    images: Tensor | Augmented,
     labels: Tensor,
     config: Config,
     generator: torch.Generator,
@@ -21,8 +22,8 @@ def train(
 ) -> float:
     """SGD in place for `local-epochs`; returns the mean task loss over all steps, nats a sample.
 
-    images: [N, C, H, W] float32, labels: [N] int64, N ≥ 1, on the model's device. Each epoch is a new permutation from
-    `generator`; the last batch of an epoch may be smaller. Momentum buffers start at zero at each call.
+    images: [N, C, H, W] float32, maybe `Augmented`, labels: [N] int64, N ≥ 1, on the model's device. Each epoch is a
+    new permutation from `generator`; its last batch may be smaller. Momentum buffers start at zero at each call.
     The functional form of PyTorch's SGD is used: building a `torch.optim.Optimizer` imports its compiler, a second.
     """
     if not model.training:  # it goes through all modules

@@ -1,19 +1,28 @@
 """Files that are there whole or not at all."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path`: a temporary file beside it, synced, then renamed over it.
+    """Put `content` at `path`, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
 
-    Raises OSError (a full disk, no permission); then `path` is what it was before.
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write what shall be at `path`: a temporary one beside it, synced, then renamed over it.
+
+    Raises OSError (a full disk, no permission); then, as where the block raises, `path` is what it was before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

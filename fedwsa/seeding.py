@@ -18,6 +18,9 @@ PURPOSES = (  # append only: a purpose's position is part of its seed
     "client",
     "np-merge",
     "validation",
+    "shift-training",
+    "shift-validation",
+    "augmentation",
 )
 
 

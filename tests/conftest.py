@@ -1,4 +1,4 @@
-"""Every test runs without Flower's telemetry, in a Flower home of its own, on one PyTorch thread."""
+"""Every test runs without Flower's telemetry, in a Flower home and a data cache of its own, on one PyTorch thread."""
 
 import os
 
@@ -15,6 +15,11 @@ import torch
 def _quiet_flower(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["FLWR_HOME"] = str(tmp_path_factory.mktemp("flwr"))
     logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FEDWSA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from fedwsa.data import DATASETS, DataError, Dataset, digits, fashion_mnist, load, server_split
+from fedwsa.data import DATASETS, DataError, Dataset, digits, fashion_mnist, idx, load, server_split
 from fedwsa.data.dataset import channel_statistics
 from fedwsa.registry import lookup
 
@@ -123,9 +123,33 @@ def test_read_only_arrays_will_do():
     data.test_tensors()[1].zero_()
 
 
+def test_pixels_are_changed_before_they_are_normalised():
+    data, indices = make(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 2.0]), np.array([3, 3, 8])
+    images, labels = data.train_tensors(indices, change=lambda pixels: 1 - pixels)
+    expected = (1 - data.train_images[indices] / 255.0 - data.mean[:, None, None]) / data.std[:, None, None]
+    np.testing.assert_allclose(images.numpy(), expected, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(labels, [0, 0, 2])
+
+
+def test_groups_are_kept_and_needed_by_nothing():
+    groups = np.arange(12) // 5
+    np.testing.assert_array_equal(make(train_groups=groups).train_groups, groups)
+    assert make().train_groups is None
+
+
+@pytest.mark.parametrize("statistic", ["mean", "std"])
+def test_one_statistic_that_is_given_does_not_change_the_other(statistic):
+    expected, data = make(), make(**{statistic: [0.7, 0.7, 0.7]})
+    other = {"mean": "std", "std": "mean"}[statistic]
+    np.testing.assert_array_equal(getattr(data, statistic), [0.7] * 3)
+    np.testing.assert_array_equal(getattr(data, other), getattr(expected, other))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"train_groups": np.arange(11)}, r"made: train_groups must be int64 \[12\], got int64 \(11,\)"),
+        ({"train_groups": np.zeros(12)}, r"made: train_groups must be int64 \[12\], got float64 \(12,\)"),
         ({"train_labels": np.arange(11) % 3}, r"made, train split: labels must be int64 \[12\], got int64 \(11,\)"),
         ({"test_labels": np.zeros(6)}, r"made, test split: labels must be int64 \[6\], got float64"),
         ({"train_labels": np.arange(12) % 4}, r"made, train split: labels must lie in 0\.\.2, got 0\.\.3"),
@@ -155,14 +179,25 @@ def test_load_takes_an_import_path_to_a_loader_and_passes_the_folder_on():
 
 
 def test_load_refuses_what_is_no_dataset():
-    with pytest.raises(DataError, match=r"not_a_dataset: the loader must return a fedwsa\.data\.Dataset, got NoneType"):
+    with pytest.raises(
+        DataError, match=r"not_a_dataset: the loader must return a fedwsa\.data\.Dataset, .* got NoneType"
+    ):
         load(f"{__name__}:not_a_dataset")
 
 
 def test_load_of_an_unknown_name_lists_the_registered():
-    with pytest.raises(ValueError, match=r"unknown data set 'mnits'.*digits, fashion-mnist"):
+    with pytest.raises(ValueError, match=r"unknown data set 'mnits'.*digits, fashion-mnist, image-folder, mnist"):
         load("mnits")
-    assert list(DATASETS) == ["digits", "fashion-mnist"]
+    assert list(DATASETS) == [
+        "digits",
+        "mnist",
+        "fashion-mnist",
+        "cifar10",
+        "cifar100",
+        "svhn",
+        "image-folder",
+        "cub-200",
+    ]
 
 
 # ---- server_split
@@ -247,7 +282,7 @@ def test_the_split_of_digits_never_changes():
 # ---- fashion-mnist
 
 
-def idx(array):
+def idx_bytes(array):
     return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
@@ -255,13 +290,13 @@ def contents():
     rng = np.random.default_rng(0)
     train, test = rng.integers(0, 256, (30, 6, 5), np.uint8), rng.integers(0, 256, (20, 6, 5), np.uint8)
     labels = np.arange(30, dtype=np.uint8) % 10
-    return dict(zip(fashion_mnist.FILES, (train, labels, test, labels[:20]), strict=True))
+    return dict(zip(idx.FILES, (train, labels, test, labels[:20]), strict=True))
 
 
 def write(folder, files, suffix):
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in files.items():
-        content = idx(array)
+        content = idx_bytes(array)
         (folder / f"{name}{suffix}").write_bytes(gzip.compress(content) if suffix else content)
 
 
@@ -278,22 +313,46 @@ def test_fashion_mnist_is_read_plain_or_gzipped_from_either_layout(tmp_path, fol
     write(tmp_path / folder, files, suffix)
     data = load("fashion-mnist", tmp_path)
     splits = (data.train_images[:, 0], data.train_labels, data.test_images[:, 0], data.test_labels)
-    for read, name in zip(splits, fashion_mnist.FILES, strict=True):
+    for read, name in zip(splits, idx.FILES, strict=True):
         np.testing.assert_array_equal(read, files[name])
     assert (data.input_shape, data.num_classes, data.scale) == ((1, 6, 5), 10, 255.0)
 
 
-@pytest.mark.usefixtures("nothing_installed")
-def test_torchvision_reads_the_same_from_the_same_files(tmp_path):
-    from torchvision.datasets import FashionMNIST
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("folder", [".", "MNIST/raw"])
+def test_mnist_is_read_plain_or_gzipped_from_either_layout(tmp_path, folder, suffix):
+    files = contents()
+    write(tmp_path / folder, files, suffix)
+    data = load("mnist", tmp_path)
+    splits = (data.train_images[:, 0], data.train_labels, data.test_images[:, 0], data.test_labels)
+    for read, name in zip(splits, idx.FILES, strict=True):
+        np.testing.assert_array_equal(read, files[name])
+    assert (data.name, data.input_shape, data.num_classes, data.scale) == ("mnist", (1, 6, 5), 10, 255.0)
 
-    write(tmp_path / "FashionMNIST" / "raw", contents(), "")
-    data = load("fashion-mnist", tmp_path)
+
+def test_missing_mnist_says_what_is_missing_where(tmp_path):
+    with pytest.raises(DataError, match=r"mnist: no folder has all of .*; no data dir is given; get them by"):
+        load("mnist")
+    write(tmp_path, contents(), ".gz")
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").unlink()
+    with pytest.raises(DataError) as error:
+        load("mnist", tmp_path)
+    assert f"looked in {tmp_path} (there t10k-labels-idx1-ubyte is missing), {tmp_path}/MNIST/raw;" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+@pytest.mark.usefixtures("nothing_installed")
+def test_torchvision_reads_the_same_from_the_same_files(tmp_path, name):
+    from torchvision import datasets
+
+    write(tmp_path / name / "raw", contents(), "")
+    data = load({"MNIST": "mnist", "FashionMNIST": "fashion-mnist"}[name], tmp_path)
     for train, images, labels in (
         (True, data.train_images, data.train_labels),
         (False, data.test_images, data.test_labels),
     ):
-        theirs = FashionMNIST(tmp_path, train=train)
+        theirs = getattr(datasets, name)(tmp_path, train=train)
         np.testing.assert_array_equal(images[:, 0], theirs.data)
         np.testing.assert_array_equal(labels, theirs.targets)
 
@@ -308,7 +367,7 @@ def test_fashion_mnist_is_looked_for_in_order_and_all_four_files_in_one_folder(m
     assert {path.parent for path in fashion_mnist.find_files(own)} == {raw}
     write(own, contents(), "")
     assert {path.parent for path in fashion_mnist.find_files(own)} == {own}
-    (own / fashion_mnist.FILES[3]).unlink()
+    (own / idx.FILES[3]).unlink()
     assert {path.parent for path in fashion_mnist.find_files(own)} == {raw}
 
 
@@ -328,7 +387,7 @@ def test_missing_fashion_mnist_says_where_it_looked_and_how_to_get_it(tmp_path):
         assert str(part) in message
 
 
-@pytest.mark.parametrize("name", fashion_mnist.FILES)
+@pytest.mark.parametrize("name", idx.FILES)
 @pytest.mark.parametrize(
     ("suffix", "damage", "message"),
     [
@@ -350,7 +409,7 @@ def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, name, suffix, dama
     files = contents()
     write(tmp_path, files, suffix)
     path = tmp_path / f"{name}{suffix}"
-    path.write_bytes(damage(idx(files[name])))
+    path.write_bytes(damage(idx_bytes(files[name])))
     with pytest.raises(DataError, match=message) as error:
         load("fashion-mnist", tmp_path)
     assert str(error.value).startswith(f"{path}: ")

@@ -1,29 +1,73 @@
 """Image data sets: read from disk, never downloaded in silence.
 
-A loader is a function `(data_dir: Path | None) -> Dataset`. To add a data set: one file, one line in `DATASETS` (or
-none: `load` takes an import path to a loader too).
+A loader is a function `(data_dir: Path | None) -> Dataset`, with an argument `image_size: int` where its images can be
+scaled. To add a data set: one file, one line in `DATASETS` (or none: `load` takes an import path too).
 """
 
-from collections.abc import Callable
-from pathlib import Path
+from __future__ import annotations
 
-from fedwsa.data import digits, fashion_mnist
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedwsa.data import cifar, cub_200, digits, fashion_mnist, image_folder, mnist, svhn
+from fedwsa.data.cache import cached
 from fedwsa.data.dataset import DataError, Dataset
+from fedwsa.data.map_style import from_map_style, is_map_style
 from fedwsa.data.split import server_split
 from fedwsa.registry import lookup
 
-__all__ = ["DATASETS", "DataError", "Dataset", "load", "server_split"]
+if TYPE_CHECKING:
+    from fedwsa.config import Config
 
-DATASETS: dict[str, Callable[[Path | None], Dataset]] = {"digits": digits.load, "fashion-mnist": fashion_mnist.load}
+__all__ = ["DATASETS", "DataError", "Dataset", "cached", "load", "of_config", "server_split"]
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits.load,
+    "mnist": mnist.load,
+    "fashion-mnist": fashion_mnist.load,
+    "cifar10": cifar.load_cifar10,
+    "cifar100": cifar.load_cifar100,
+    "svhn": svhn.load,
+    "image-folder": image_folder.load,
+    "cub-200": cub_200.load,
+}
 
 
-def load(name: str, data_dir: Path | None = None) -> Dataset:
-    """Load a data set by its registered name, or by an import path "package.module:loader".
+def of_config(config: Config) -> Dataset:
+    """The data set that a config names; loaded once a process, see `load`."""
+    return _once(config.data, config.data_dir, config.image_size)
 
+
+@lru_cache(maxsize=2)
+def _once(name: str, data_dir: str, image_size: int) -> Dataset:
+    return load(name, Path(data_dir) if data_dir else None, image_size)
+
+
+def load(name: str, data_dir: Path | None = None, image_size: int = 0) -> Dataset:
+    """Load a data set by its registered name, or by an import path "package.module:attribute".
+
+    The attribute is a `Dataset`, a pair (train, test) of map-style PyTorch data sets, or a function
+    `(data_dir: Path | None) -> ` one of the two.
     data_dir: where the data set's own files lie; without it the loader looks in the usual places.
+    image_size: images are cut and scaled to that many pixels a side; 0: left as they are, and all of one size.
     Raises ValueError for an unknown name, DataError (a ValueError) for files that are missing or damaged.
     """
-    dataset = lookup(DATASETS, name, "data set")(data_dir)
-    if not isinstance(dataset, Dataset):
-        raise DataError(f"{name}: the loader must return a fedwsa.data.Dataset, got {type(dataset).__name__}")
-    return dataset
+    found: Any = lookup(DATASETS, name, "data set")
+    scaled = image_size == 0
+    if callable(found):
+        takes_size = "image_size" in inspect.signature(found).parameters
+        found = found(data_dir, image_size=image_size) if takes_size else found(data_dir)
+        scaled |= takes_size
+    if isinstance(found, tuple) and len(found) == 2 and all(map(is_map_style, found)):
+        return from_map_style(name, *found, image_size=image_size)
+    if not isinstance(found, Dataset):
+        raise DataError(
+            f"{name}: the loader must return a fedwsa.data.Dataset, or (train, test), two map-style PyTorch data sets, "
+            f"got {type(found).__name__}"
+        )
+    if not scaled:
+        raise DataError(f"image-size = {image_size}: the images of {name} have one size; allowed is 0")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Pixels = NDArray[np.float32]  # [n, C, H, W], pixel / scale: 0 is black, 1 is white
 
 
 class DataError(ValueError):
@@ -23,7 +26,8 @@ class Dataset:
     train_images, test_images: uint8 [N, C, H, W]. train_labels, test_labels: int64 [N] in 0 … num_classes − 1.
     scale: the pixel value that counts as 1 (255, or 16 for `digits`).
     mean, std: float64 [C], of pixel / scale per channel; unless given, those of the training split (population std).
-    Raises DataError if any of this does not hold.
+    train_groups: int64 [N], by whom or where a training image was made (writer, user, site), or None: not known.
+    Raises DataError if any of this does not hold. The arrays may be read-only and mapped from files.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Dataset:
     scale: float
     mean: NDArray[np.float64] = None  # type: ignore[assignment]  # set below
     std: NDArray[np.float64] = None  # type: ignore[assignment]
+    train_groups: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         self._check_split("train", self.train_images, self.train_labels)
@@ -43,10 +48,15 @@ class Dataset:
             raise DataError(f"{self.name}: test images are {self.test_images.shape[1:]}, train are {self.input_shape}")
         if not 0 < self.scale < np.inf:
             raise DataError(f"{self.name}: scale must be finite and > 0, got {self.scale!r}")
-        mean, std = channel_statistics(self.train_images, self.scale)
-        for field, computed, least in (("mean", mean, -np.inf), ("std", std, 0.0)):
-            given = getattr(self, field)
-            value = computed if given is None else np.asarray(given, np.float64)
+        groups, size = self.train_groups, len(self.train_labels)
+        if groups is not None and (groups.dtype != np.int64 or groups.shape != (size,)):
+            raise DataError(f"{self.name}: train_groups must be int64 [{size}], got {groups.dtype} {groups.shape}")
+        given = (self.mean, self.std)
+        if self.mean is None or self.std is None:  # they cost a pass over all images
+            computed = channel_statistics(self.train_images, self.scale)
+            given = tuple(c if g is None else g for g, c in zip(given, computed, strict=True))
+        for field, numbers, least in zip(("mean", "std"), given, (-np.inf, 0.0), strict=True):
+            value = np.asarray(numbers, np.float64)
             if value.shape != (self.input_shape[0],) or not (np.isfinite(value) & (value > least)).all():
                 need = "finite" if least < 0 else "finite and > 0"
                 raise DataError(f"{self.name}: {field} must be {need}, one number a channel, got {value.tolist()}")
@@ -68,11 +78,17 @@ class Dataset:
         _, channels, height, width = self.train_images.shape
         return channels, height, width
 
-    def train_tensors(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Copy the training samples `indices`: (float32 [n, C, H, W] normalised, int64 [n])."""
+    def train_tensors(
+        self, indices: NDArray[np.int64], change: Callable[[Pixels], Pixels] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Copy the training samples `indices`: (float32 [n, C, H, W] normalised, int64 [n]).
+
+        change: what is done to the pixels before they are normalised (`fedwsa.data.shift`).
+        """
         import torch
 
-        return self._normalised(self.train_images[indices]), torch.from_numpy(self.train_labels[indices])
+        images = self._normalised(self.train_images[indices], change)
+        return images, torch.from_numpy(self.train_labels[indices])
 
     def test_tensors(self, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Copy the test split or a part of it: (float32 [n, C, H, W] normalised, int64 [n])."""
@@ -80,9 +96,11 @@ class Dataset:
 
         return self._normalised(self.test_images[part]), torch.from_numpy(self.test_labels[part].copy())
 
-    def _normalised(self, images: NDArray[np.uint8]) -> Tensor:
+    def _normalised(self, images: NDArray[np.uint8], change: Callable[[Pixels], Pixels] | None = None) -> Tensor:
         """(pixel / scale − mean) / std, with both sides multiplied by scale: float32, a copy."""
         pixels = images.astype(np.float32)
+        if change is not None:
+            pixels = change(pixels / np.float32(self.scale)) * np.float32(self.scale)
         pixels -= (self.scale * self.mean).astype(np.float32)[:, None, None]
         pixels /= (self.scale * self.std).astype(np.float32)[:, None, None]
         import torch

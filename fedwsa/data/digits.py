@@ -1,11 +1,13 @@
 """The 1,797 handwritten digits inside scikit-learn: real 8×8 images, no download."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedwsa.data.cache import cached
 from fedwsa.data.dataset import Dataset
 from fedwsa.data.split import server_split
 
@@ -19,6 +21,11 @@ def load(data_dir: Path | None = None) -> Dataset:
     data_dir is ignored: the images come with scikit-learn. The set has no split of its own; this one is ours,
     stratified by class and always the same.
     """
+    return cached("digits", table_files(), split_table, version("scikit-learn"))
+
+
+def split_table() -> Dataset:
+    """Read the table and split it."""
     table = read_table()
     images = table[:, :64].reshape(-1, 1, 8, 8)
     labels = table[:, 64].astype(np.int64)
@@ -26,16 +33,18 @@ def load(data_dir: Path | None = None) -> Dataset:
     return Dataset("digits", images[train], labels[train], images[test], labels[test], num_classes=10, scale=16.0)
 
 
-def read_table() -> NDArray[np.uint8]:
-    """64 pixels and the label of every image: uint8 [1797, 65].
-
-    The file is read without importing scikit-learn, which takes a second.
-    """
+def table_files() -> list[Path]:
+    """The one file with the digits, without importing scikit-learn, which takes a second; or none where it is not."""
     spec = find_spec("sklearn")
-    for package in (spec and spec.submodule_search_locations) or ():
-        path = Path(package, "datasets", "data", "digits.csv.gz")
-        if path.is_file():
-            return np.loadtxt(path, np.uint8, delimiter=",")
+    folders = (spec and spec.submodule_search_locations) or ()
+    paths = [Path(folder, "datasets", "data", "digits.csv.gz") for folder in folders]
+    return [path for path in paths if path.is_file()][:1]
+
+
+def read_table() -> NDArray[np.uint8]:
+    """64 pixels and the label of every image: uint8 [1797, 65]."""
+    for path in table_files():
+        return np.loadtxt(path, np.uint8, delimiter=",")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
