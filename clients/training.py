@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.sgd import sgd
 
 from fedwsa.config import Config
@@ -23,7 +24,7 @@ def train(
     """SGD in place for `local-epochs`; returns the mean task loss over all steps, nats a sample.
 
     images: [N, C, H, W] float32, maybe `Augmented`, labels: [N] int64, N ≥ 1, on the model's device. Each epoch is a
-    new permutation from `generator`; its last batch may be smaller. Momentum buffers start at zero at each call.
+    new permutation from `generator`; for its last batch see `_batches`. Momentum buffers start at zero at each call.
     The functional form of PyTorch's SGD is used: building a `torch.optim.Optimizer` imports its compiler, a second.
     """
     if not model.training:  # it goes through all modules
@@ -34,7 +35,7 @@ def train(
     total, steps = torch.zeros((), device=labels.device), 0
     for _ in range(config.local_epochs):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for batch in torch.split(order, config.batch_size):
+        for batch in _batches(order, config.batch_size, model):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             for parameter in parameters:
                 parameter.grad = None
@@ -47,6 +48,17 @@ def train(
             total += loss.detach()
             steps += 1
     return float(total) / steps
+
+
+def _batches(order: Tensor, size: int, model: nn.Module) -> tuple[Tensor, ...]:
+    """Runs of `size` samples and a smaller one; with BatchNorm a last single sample, which has no variance, joins them.
+
+    A client with one sample in all keeps its batch of one.
+    """
+    batches = torch.split(order, size)
+    if len(batches) > 1 and len(batches[-1]) == 1 and any(isinstance(each, _BatchNorm) for each in model.modules()):
+        return *batches[:-2], torch.cat(batches[-2:])
+    return batches
 
 
 def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRegularizer | None:

@@ -29,6 +29,27 @@ def samples(count: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]
     return torch.randn(count, 1, 8, 8, generator=generator), torch.randint(10, (count,), generator=generator)
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(17, [8, 9]), (18, [8, 8, 2]), (16, [8, 8]), (1, [1]), (9, [9])])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_last_single_sample_joins_the_others_where_there_is_batch_norm(count, sizes, norm):
+    seen = []
+
+    class Watched(nn.Sequential):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    layers = [nn.Flatten(), *([nn.BatchNorm1d(64)] if norm else []), nn.Linear(64, 10)]
+    model, (images, labels) = Watched(*layers), samples(count)
+    if norm and count == 1:
+        with pytest.raises(ValueError, match="Expected more than 1 value"):
+            train(model, images, labels, tiny(batch_size=8, local_epochs=1), torch.Generator())
+    else:
+        train(model, images, labels, tiny(batch_size=8, local_epochs=1), torch.Generator())
+    plain = [8] * (count // 8) + [count % 8] * (count % 8 > 0)
+    assert seen == (sizes if norm else plain)
+
+
 # ---- randomness
 
 
