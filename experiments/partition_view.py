@@ -1,15 +1,19 @@
-"""Who holds which labels, for the terminal and as a picture."""
+"""Who holds which labels: for the terminal, as a picture, and as a file that a run can read back."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from clients.federation import FederatedData
 from experiments import figures
 from fedwsa import files
+from partitions import heterogeneity, stored
 
 MAX_CLIENTS = 40
 MAX_CLASS_COLUMNS = 10
@@ -42,6 +46,50 @@ def partition_table(label_counts: Sequence[Sequence[int]]) -> Table:
         cells = [str(count or "·") for count in row] if narrow else [_largest(row)]
         table.add_row(str(client), str(sizes[client]), str(np.count_nonzero(row)), *cells)
     return table
+
+
+def heterogeneity_table(label_counts: Sequence[Sequence[int]]) -> Table:
+    """How unlike the clients are: a row a number of `partitions.heterogeneity`."""
+    found = heterogeneity(label_counts)
+    table = Table(title="How unlike the clients are", box=None, show_header=False, pad_edge=False)
+    table.title_justify = "left"
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    classes = len(label_counts[0])
+    for name, value, meaning in (
+        ("total variation", found.total_variation, "from all clients' labels: 0 alike, below 1"),
+        ("Jensen–Shannon distance", found.jensen_shannon, "from the same: 0 alike, below 1"),
+        ("effective classes", found.effective_classes, f"of a client: 1 to {classes}"),
+        ("Gini of the sizes", found.size_gini, "0 equal, near 1: one client holds all"),
+    ):
+        table.add_row(name, f"{value:.3f}", meaning)
+    return table
+
+
+def describe(made_by: Mapping[str, Any]) -> str:
+    """How a partition was made, in one line: "dirichlet, α = 0.1, min-size = 2, seed = 0"; what is off is left out."""
+    words = {"alpha": "α", "beta": "β"}
+    shown = {key: value for key, value in made_by.items() if key == "seed" or (key != "partitioner" and value)}
+    said = [
+        f"{words.get(key, key.replace('_', '-'))} = {f'{value:g}' if isinstance(value, float) else value}"
+        for key, value in shown.items()
+    ]
+    return ", ".join([str(made_by.get("partitioner", "partition of unknown origin")), *said])
+
+
+def partition_json(holdings: FederatedData) -> bytes:
+    """The partition as `partitions.stored` reads it, with the counts that a report shows."""
+    data = holdings.dataset
+    content = stored.to_json(data.name, data.train_labels, holdings.parts, holdings.server, holdings.made_by)
+    summary = {
+        "label_counts": holdings.label_counts().tolist(),
+        "num_classes": data.num_classes,
+        "server_samples": len(holdings.server),
+        "server_origin": f"training split of {data.name}, held out from every client",
+        "test_samples": len(data.test_labels),
+    }
+    return json.dumps(summary | content).encode()
 
 
 def write_partition_picture(label_counts: Sequence[Sequence[int]], title: str, path: Path) -> None:

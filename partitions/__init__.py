@@ -11,11 +11,37 @@ from numpy.typing import ArrayLike
 
 from partitions._indices import IndexArray, check_labels
 from partitions.dirichlet import dirichlet
+from partitions.dirichlet_client import dirichlet_client
+from partitions.heterogeneity import Heterogeneity, heterogeneity
 from partitions.iid import iid
+from partitions.label_skew import label_skew
+from partitions.natural import natural
+from partitions.quantity_skew import quantity_skew
+from partitions.shards import shards
 
-__all__ = ["PARTITIONERS", "dirichlet", "iid", "label_counts"]
+__all__ = [
+    "PARTITIONERS",
+    "Heterogeneity",
+    "dirichlet",
+    "dirichlet_client",
+    "heterogeneity",
+    "iid",
+    "label_counts",
+    "label_skew",
+    "natural",
+    "quantity_skew",
+    "shards",
+]
 
-PARTITIONERS: dict[str, Callable[..., list[IndexArray]]] = {"iid": iid, "dirichlet": dirichlet}
+PARTITIONERS: dict[str, Callable[..., list[IndexArray]]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "dirichlet_client": dirichlet_client,
+    "shards": shards,
+    "label_skew": label_skew,
+    "quantity_skew": quantity_skew,
+    "natural": natural,
+}
 
 
 def label_counts(labels: ArrayLike, parts: Sequence[IndexArray], num_classes: int) -> IndexArray:

@@ -1,5 +1,7 @@
 """What every partitioner needs: checked arguments, and index arrays from owners."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,6 +23,59 @@ def check_integer(name: str, value: int, least: int) -> None:
     """Raise ValueError unless `value` is an integer ≥ `least`."""
     if not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def check_even_split(num_clients: int, num_samples: int) -> None:
+    """Raise ValueError unless 1 <= num_clients <= num_samples: an even split leaves no client empty."""
+    check_integer("num_clients", num_clients, 1)
+    if num_clients > num_samples:
+        raise ValueError(f"num_clients must be <= the number of samples, {num_samples}, got {num_clients}")
+
+
+def check_min_size(min_size: int, max_tries: int, num_clients: int, num_samples: int) -> None:
+    """Raise ValueError unless both are integers in range and there are samples enough for every client."""
+    check_integer("num_clients", num_clients, 1)
+    check_integer("min_size", min_size, 0)
+    check_integer("max_tries", max_tries, 1)
+    if num_clients * min_size > num_samples:
+        raise ValueError(
+            f"{num_clients} clients with min_size={min_size} need {num_clients * min_size} samples, got {num_samples}; "
+            "use a smaller min_size or fewer clients"
+        )
+
+
+def draw_until_large_enough(draw: Callable[[], IndexArray], min_size: int, max_tries: int, remedy: str) -> IndexArray:
+    """Draw counts, int64 [rows, clients], until every client's (a column's sum) is min_size at least.
+
+    remedy: what would help besides a smaller min_size or fewer clients, for the error.
+    Raises ValueError if no draw of max_tries was good.
+    """
+    best = -1
+    for _ in range(max_tries):
+        counts = draw()
+        best = max(best, int(counts.sum(axis=0).min()))
+        if best >= min_size:
+            return counts
+    raise ValueError(
+        f"no draw of {max_tries} gave every client min_size={min_size} samples, the best left the smallest with "
+        f"{best}; use a smaller min_size, {remedy} or fewer clients than {counts.shape[1]}"
+    )
+
+
+def deal(labels: IndexArray, counts: IndexArray, rng: np.random.Generator) -> list[IndexArray]:
+    """Random samples of each class for each client, as many as counts, int64 [classes, clients], says.
+
+    The classes are the values of labels in ascending order; row c of counts sums to the size of class c.
+    """
+    num_classes, num_clients = counts.shape
+    owner = np.empty(len(labels), np.int64)
+    owner[shuffle_by_class(labels, rng)] = np.repeat(np.tile(np.arange(num_clients), num_classes), counts.ravel())
+    return indices_by_owner(owner, num_clients)
+
+
+def shuffle_by_class(labels: IndexArray, rng: np.random.Generator) -> IndexArray:
+    """Every sample index once, class after class, at random inside a class: int64 [n]."""
+    return np.lexsort((rng.random(len(labels)), labels)).astype(np.int64, copy=False)
 
 
 def indices_by_owner(owner: IndexArray, num_clients: int) -> list[IndexArray]:

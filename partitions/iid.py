@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from partitions._indices import IndexArray, check_integer, check_labels, indices_by_owner
+from partitions._indices import IndexArray, check_even_split, check_labels, indices_by_owner
 
 
 def iid(labels: ArrayLike, num_clients: int, *, rng: np.random.Generator) -> list[IndexArray]:
@@ -14,7 +14,5 @@ def iid(labels: ArrayLike, num_clients: int, *, rng: np.random.Generator) -> lis
     Raises ValueError unless 1 <= num_clients <= n: an even split leaves no client empty.
     """
     num_samples = len(check_labels(labels))
-    check_integer("num_clients", num_clients, 1)
-    if num_clients > num_samples:
-        raise ValueError(f"num_clients must be <= the number of samples, {num_samples}, got {num_clients}")
+    check_even_split(num_clients, num_samples)
     return indices_by_owner(rng.permutation(np.arange(num_samples) % num_clients), num_clients)

@@ -11,13 +11,44 @@ from partitions import PARTITIONERS, dirichlet, iid, label_counts
 from partitions.dirichlet import draw_proportions, share_out
 
 SEEDS = st.integers(0, 2**32 - 1)
-OPTIONS = {"iid": st.just({}), "dirichlet": st.fixed_dictionaries({"alpha": st.floats(1e-4, 1e4)})}
+CONCENTRATIONS = st.floats(1e-4, 1e4)
+# What each partitioner may be given, for labels and a number of clients; a new one adds a line and inherits the tests.
+OPTIONS = {
+    "iid": lambda labels, k: st.just({}),
+    "dirichlet": lambda labels, k: st.fixed_dictionaries({"alpha": CONCENTRATIONS, "balanced": st.booleans()}),
+    "dirichlet_client": lambda labels, k: st.fixed_dictionaries({"alpha": CONCENTRATIONS}),
+    "shards": lambda labels, k: st.fixed_dictionaries({"shards_per_client": st.integers(1, len(labels) // k)}),
+    "label_skew": lambda labels, k: st.fixed_dictionaries(
+        {"classes_per_client": st.integers(-(-len(np.unique(labels)) // k), len(np.unique(labels)))}
+    ),
+    "quantity_skew": lambda labels, k: st.fixed_dictionaries(
+        {"beta": CONCENTRATIONS, "size_sigma": st.just(0.0) | st.floats(0.01, 1e3)}
+    ),
+    "natural": lambda labels, k: st.fixed_dictionaries({"groups": group_columns(len(labels), k)}),
+}
 
 
 @st.composite
 def label_arrays(draw, min_samples=1):
     size, classes, seed = draw(st.integers(min_samples, 300)), draw(st.integers(1, 12)), draw(SEEDS)
     return np.random.default_rng(seed).integers(-3, classes, size)
+
+
+@st.composite
+def group_columns(draw, size, least):
+    """So many group numbers, with `least` different ones at least."""
+    rng = np.random.default_rng(draw(SEEDS))
+    return rng.permutation(np.concatenate([np.arange(least) - 2, rng.integers(-5, 20, size - least)]))
+
+
+@st.composite
+def cases(draw, name):
+    """Arguments of a partitioner: labels, number of clients, options."""
+    labels = draw(label_arrays())
+    if name == "label_skew":  # which needs as many samples of a class as it has holders
+        labels = np.concatenate([labels, np.repeat(np.unique(labels), 12)])
+    num_clients = draw(st.integers(1, min(12, len(labels))))
+    return labels, num_clients, draw(OPTIONS[name](labels, num_clients))
 
 
 def assert_each_sample_exactly_once(parts, num_samples):
@@ -30,9 +61,9 @@ def assert_each_sample_exactly_once(parts, num_samples):
 
 @pytest.mark.parametrize("name", PARTITIONERS)
 @settings(deadline=None)
-@given(data=st.data(), labels=label_arrays(), seed=SEEDS)
-def test_every_sample_lands_exactly_once(name, data, labels, seed):
-    num_clients, options = data.draw(st.integers(1, min(12, len(labels)))), data.draw(OPTIONS[name])
+@given(data=st.data(), seed=SEEDS)
+def test_every_sample_lands_exactly_once(name, data, seed):
+    labels, num_clients, options = data.draw(cases(name))
     parts = PARTITIONERS[name](labels, num_clients, **options, rng=np.random.default_rng(seed))
     assert len(parts) == num_clients
     assert_each_sample_exactly_once(parts, len(labels))
@@ -40,15 +71,28 @@ def test_every_sample_lands_exactly_once(name, data, labels, seed):
 
 @pytest.mark.parametrize("name", PARTITIONERS)
 @settings(deadline=None)
-@given(data=st.data(), labels=label_arrays(min_samples=12), num_clients=st.integers(1, 12), seed=SEEDS)
-def test_equal_generators_give_equal_parts(name, data, labels, num_clients, seed):
-    options = data.draw(OPTIONS[name])
+@given(data=st.data(), seed=SEEDS)
+def test_equal_generators_give_equal_parts(name, data, seed):
+    labels, num_clients, options = data.draw(cases(name))
     one, two = (PARTITIONERS[name](labels, num_clients, **options, rng=np.random.default_rng(seed)) for _ in range(2))
     for first, second in zip(one, two, strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize(("name", "options"), [("iid", {}), ("dirichlet", {"alpha": 1e15})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("iid", {}),
+        ("dirichlet", {"alpha": 1e15}),
+        ("dirichlet", {"alpha": 1.0, "balanced": True}),
+        ("dirichlet_client", {"alpha": 1.0}),
+        ("shards", {"shards_per_client": 2}),
+        ("label_skew", {"classes_per_client": 1}),
+        ("quantity_skew", {"beta": 1e15}),
+        ("quantity_skew", {"size_sigma": 1e-9}),
+        ("natural", {"groups": np.arange(4)}),
+    ],
+)
 def test_any_two_of_four_alike_samples_can_meet(name, options):
     rng = np.random.default_rng(0)
     draws = [PARTITIONERS[name](np.zeros(4, int), 2, **options, rng=rng)[0] for _ in range(200)]
@@ -64,7 +108,7 @@ def test_ten_thousand_clients_take_less_than_a_second(name, options):
     assert_each_sample_exactly_once(parts, 50_000)
 
 
-@pytest.mark.parametrize(("name", "options"), [("iid", {}), ("dirichlet", {"alpha": 1.0})])
+@pytest.mark.parametrize("name", PARTITIONERS)
 @pytest.mark.parametrize(
     ("labels", "num_clients", "message"),
     [
@@ -77,7 +121,9 @@ def test_ten_thousand_clients_take_less_than_a_second(name, options):
         ([0, 1], float("nan"), "num_clients must be"),
     ],
 )
-def test_bad_labels_and_client_numbers_are_refused(name, options, labels, num_clients, message):
+def test_bad_labels_and_client_numbers_are_refused(name, labels, num_clients, message):
+    needed = {"dirichlet": {"alpha": 1.0}, "dirichlet_client": {"alpha": 1.0}, "natural": {"groups": [0, 1]}}
+    options = needed.get(name, {})
     with pytest.raises(ValueError, match=message):
         PARTITIONERS[name](labels, num_clients, **options, rng=np.random.default_rng(0))
 
@@ -92,9 +138,13 @@ def test_iid_sizes_differ_by_one_at_most(labels, num_clients, seed):
     assert sorted(sizes) == [share] * (num_clients - over) + [share + 1] * over
 
 
-def test_iid_refuses_more_clients_than_samples():
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("iid", {}), ("dirichlet", {"alpha": 1.0, "balanced": True}), ("dirichlet_client", {"alpha": 1.0})],
+)
+def test_equal_sizes_for_more_clients_than_samples_are_refused(name, options):
     with pytest.raises(ValueError, match="num_clients must be <= the number of samples, 3, got 4"):
-        iid([0, 1, 2], 4, rng=np.random.default_rng(0))
+        PARTITIONERS[name]([0, 1, 2], 4, **options, rng=np.random.default_rng(0))
 
 
 # ---- dirichlet
@@ -228,16 +278,18 @@ def test_more_clients_than_samples_leaves_some_empty():
     assert_each_sample_exactly_once(parts, 2)
 
 
+@pytest.mark.parametrize("name", ["dirichlet", "dirichlet_client"])
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf")])
-def test_alpha_must_be_finite_and_positive(alpha):
+def test_alpha_must_be_finite_and_positive(name, alpha):
     with pytest.raises(ValueError, match="alpha must be finite and > 0"):
-        dirichlet([0, 1], 2, alpha, rng=np.random.default_rng(0))
+        PARTITIONERS[name]([0, 1], 2, alpha, rng=np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("name", ["dirichlet", "quantity_skew"])
 @pytest.mark.parametrize("option", [{"min_size": -1}, {"min_size": 0.5}, {"max_tries": 0}])
-def test_counts_of_tries_and_samples_are_checked(option):
+def test_counts_of_tries_and_samples_are_checked(name, option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be an integer"):
-        dirichlet([0, 1], 2, 1.0, **option, rng=np.random.default_rng(0))
+        PARTITIONERS[name]([0, 1], 2, 1.0, **option, rng=np.random.default_rng(0))
 
 
 # ---- label_counts
