@@ -7,14 +7,17 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from clients.federation import Federation, federation
+from clients.batch_norm import keep, local_names, put_back
+from clients.federation import FederatedData, federation
 from clients.training import train
 from fedwsa import messages, models
 from fedwsa.arrays import fill, pack
 from fedwsa.config import Config, from_run_config
+from fedwsa.data.augmentation import AUGMENTATIONS, Augmented
 from fedwsa.evaluation import evaluate
+from fedwsa.registry import lookup
 from fedwsa.scope import measure
-from fedwsa.seeding import torch_seed
+from fedwsa.seeding import torch_generator, torch_seed
 
 app = ClientApp()
 
@@ -27,33 +30,40 @@ def train_message(message: Message, context: Context) -> Message:
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
-    images, labels = (_moved(each, config) for each in holdings.dataset.train_tensors(holdings.training[client]))
+    images, labels = (_moved(each, config) for each in holdings.training_tensors(client))
     model, state = _model_with(message, config, holdings)
     settings = messages.config_of(message)
+    local = local_names(model, config.batch_norm)
+    sent = {name: state[name].clone() for name in local}
+    put_back(state, local, context, settings)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
     own_seed = torch_seed(config.seed[0], "client", server_round, client)
     kept = torch.default_generator.get_state()  # what a module draws by itself, dropout for one, comes from there
     try:
         torch.default_generator.manual_seed(own_seed)
         order = torch.Generator().manual_seed(own_seed)
-        loss = train(model, images, labels, config, order, messages.unpack_alignment(settings))
+        seen = _augmented(images, config, server_round, client)
+        loss = train(model, seen, labels, config, order, messages.unpack_alignment(settings))
     finally:
         torch.default_generator.set_state(kept)
+    keep(state, local, context, settings)
+    reply = {**state, **sent}  # in the order of the state
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss})
-    metrics.update(messages.pack_scope(measure(state)))
-    return Message(RecordDict({messages.ARRAYS: pack(state), messages.METRICS: metrics}), reply_to=message)
+    metrics.update(messages.pack_scope(measure(reply)))
+    return Message(RecordDict({messages.ARRAYS: pack(reply), messages.METRICS: metrics}), reply_to=message)
 
 
 @app.evaluate()
 def evaluate_message(message: Message, context: Context) -> Message:
-    """Evaluate on this client's validation samples."""
+    """Evaluate on this client's validation samples, with its own BatchNorm where `batch-norm` leaves it that."""
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
-    images, labels = holdings.dataset.train_tensors(holdings.validation[client])
+    images, labels = holdings.validation_tensors(client)
     if not len(labels):
         raise ValueError(f"client {client} holds no validation samples; raise validation-fraction or min-size")
-    model, _ = _model_with(message, config, holdings)
+    model, state = _model_with(message, config, holdings)
+    put_back(state, local_names(model, config.batch_norm), context, messages.config_of(message))
     loss, accuracy = evaluate(model, images, labels)
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss, messages.ACCURACY: accuracy})
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
@@ -93,15 +103,22 @@ def _config(run_config: tuple[tuple[str, bool | int | float | str], ...], client
 
 
 @lru_cache(maxsize=2)
-def _model(name: str, input_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> nn.Module:
-    """One module a process, filled anew for each message."""
-    return models.placed(models.build(name, input_shape, num_classes, seed=0), device)
+def _model(config: Config, input_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> nn.Module:
+    """One module a process and run, filled anew for each message."""
+    return models.placed(models.of_config(config, input_shape, num_classes, seed=0), device)
 
 
-def _model_with(message: Message, config: Config, holdings: Federation) -> tuple[nn.Module, dict[str, Tensor]]:
+def _model_with(message: Message, config: Config, holdings: FederatedData) -> tuple[nn.Module, dict[str, Tensor]]:
     """The module with the numbers that the message brings, and its state dict, whose memory is nobody else's."""
-    model = _model(config.model, holdings.dataset.input_shape, holdings.dataset.num_classes, _device(config))
+    model = _model(config, holdings.dataset.input_shape, holdings.dataset.num_classes, _device(config))
     return model, fill(model, messages.arrays_of(message))
+
+
+def _augmented(images: Tensor, config: Config, server_round: int, client: int) -> Tensor | Augmented:
+    if not config.augmentation:
+        return images
+    augment = lookup(AUGMENTATIONS, config.augmentation, "augmentation")
+    return Augmented(images, augment, torch_generator(config.seed[0], "augmentation", server_round, client))
 
 
 def _device(config: Config) -> torch.device:

@@ -1,11 +1,13 @@
 """Who holds what: the data set, split between server and clients as the config says."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,61 +15,111 @@ from numpy.typing import NDArray
 import partitions
 from fedwsa import data
 from fedwsa.config import Config
+from fedwsa.data.shift import SHIFTS, FeatureShift
 from fedwsa.registry import lookup
 from fedwsa.seeding import generator
+from partitions import stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Indices = NDArray[np.int64]
+OPTIONS = (  # of partitioners, named as the config's keys are, besides alpha
+    "min_size", "balanced", "shards_per_client", "classes_per_client", "beta", "size_sigma",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Federation:
-    """Indices into the training split of `dataset`, disjoint: the server's, and for each client two parts."""
+class FederatedData:
+    """Indices into the training split of `dataset`, disjoint: the server's, and for each client two parts.
+
+    parts: for each client both parts together, in the order in which the partition has them.
+    made_by: how the partition was made: partitioner, its options and the seed.
+    shift: what is done to the clients' images, but to neither the server's nor the central test split, which is that
+    of `dataset`.
+    """
 
     dataset: data.Dataset
     server: Indices
     training: list[Indices]
     validation: list[Indices]
+    parts: list[Indices]
+    made_by: dict[str, Any]
+    shift: FeatureShift | None
+
+    def training_tensors(self, client: int) -> tuple[Tensor, Tensor]:
+        """Copy a client's training samples: (float32 [n, C, H, W] normalised, int64 [n])."""
+        change = self.shift.change(client, "shift-training") if self.shift else None
+        return self.dataset.train_tensors(self.training[client], change)
+
+    def validation_tensors(self, client: int) -> tuple[Tensor, Tensor]:
+        """Copy a client's validation samples, n ≥ 0."""
+        change = self.shift.change(client, "shift-validation") if self.shift else None
+        return self.dataset.train_tensors(self.validation[client], change)
 
     def label_counts(self) -> NDArray[np.int64]:
         """Samples of each class (column) at each client (row), both parts together."""
-        parts = [np.concatenate(pair) for pair in zip(self.training, self.validation, strict=True)]
-        return partitions.label_counts(self.dataset.train_labels, parts, self.dataset.num_classes)
-
-
-@lru_cache(maxsize=2)
-def load_data(name: str, directory: str) -> data.Dataset:
-    """The data set, once a process."""
-    return data.load(name, Path(directory) if directory else None)
+        return partitions.label_counts(self.dataset.train_labels, self.parts, self.dataset.num_classes)
 
 
 @lru_cache(maxsize=4)
-def federation(config: Config) -> Federation:
+def federation(config: Config) -> FederatedData:
     """The split for a config of one α and one seed; it depends on nothing but the config and the data.
 
     Raises ValueError (`data.DataError` for missing data) where the split is impossible or leaves a client empty.
     """
-    dataset = load_data(config.data, config.data_dir)
-    labels, seed = dataset.train_labels, config.seed[0]
-    server, pool = data.server_split(labels, config.server_samples, generator(seed, "server-split"))
-    parts = [pool[part] for part in _partition(config, labels[pool])]
+    dataset = data.of_config(config)
+    server, parts, made_by = _partition(config, dataset)
+    if len(parts) != config.num_clients:
+        raise ValueError(
+            f"partitioner {config.partitioner!r} made {len(parts)} parts; allowed is num-clients = {config.num_clients}"
+        )
     smallest = min(range(len(parts)), key=lambda client: len(parts[client]))
     if len(parts[smallest]) < config.min_size:
+        pool = len(dataset.train_labels) - len(server)
         raise ValueError(
-            f"client {smallest} would hold {len(parts[smallest])} of {len(pool)} samples, "
+            f"client {smallest} would hold {len(parts[smallest])} of {pool} samples, "
             f"min-size = {config.min_size}; "
             f"allowed are fewer clients than {config.num_clients} or a smaller min-size"
         )
     split = [_validation_split(config, client, part) for client, part in enumerate(parts)]
-    return Federation(dataset, server, [training for training, _ in split], [held for _, held in split])
+    training, validation = [kept for kept, _ in split], [held for _, held in split]
+    return FederatedData(dataset, server, training, validation, parts, made_by, _shift(config))
 
 
-def _partition(config: Config, labels: Indices) -> list[Indices]:
-    """Call the partitioner with those of the config's values that it takes."""
+def _shift(config: Config) -> FeatureShift | None:
+    if not config.feature_shift:
+        return None
+    shift = lookup(SHIFTS, config.feature_shift, "feature shift")
+    return FeatureShift(shift, config.shift_strength, config.num_clients, config.seed[0])
+
+
+def _partition(config: Config, dataset: data.Dataset) -> tuple[Indices, list[Indices], dict[str, Any]]:
+    """The server's indices, each client's, and how they were made: read, or by the partitioner from the config.
+
+    The partitioner is called with those of the config's values that it takes, and `groups`, those of the data set.
+    """
+    labels, seed = dataset.train_labels, config.seed[0]
+    if config.partition_file:
+        sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
+        found = stored.read(Path(config.partition_file), labels, **sizes)
+        return found.server, found.clients, found.made_by
+    server, pool = data.server_split(labels, config.server_samples, generator(seed, "server-split"))
     partitioner: Callable[..., list[Indices]] = lookup(partitions.PARTITIONERS, config.partitioner, "partitioner")
-    options: dict[str, Any] = {"alpha": config.alpha[0], "min_size": config.min_size}
+    options = {"alpha": config.alpha[0], **{name: getattr(config, name) for name in OPTIONS}}
     taken = inspect.signature(partitioner).parameters
     chosen = {name: value for name, value in options.items() if name in taken}
-    return partitioner(labels, config.num_clients, **chosen, rng=generator(config.seed[0], "partition"))
+    made_by = {"partitioner": config.partitioner, **chosen, "seed": seed}
+    if "groups" in taken:
+        groups = dataset.train_groups
+        if groups is None:
+            raise data.DataError(
+                f"partitioner {config.partitioner!r}: data set {dataset.name!r} has no train_groups; allowed is a "
+                "data set that says who made each sample, or another partitioner"
+            )
+        chosen["groups"] = groups[pool]
+    parts = partitioner(labels[pool], config.num_clients, **chosen, rng=generator(seed, "partition"))
+    return server, [pool[part] for part in parts], made_by
 
 
 def _validation_split(config: Config, client: int, part: Indices) -> tuple[Indices, Indices]:

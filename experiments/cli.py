@@ -34,8 +34,12 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="key=value", help="Any key of the config, e.g. wsa.strength=5; may be repeated."),
 ]
-Data = Annotated[str | None, typer.Option(help="digits, fashion-mnist, or package.module:loader.")]
+Data = Annotated[str | None, typer.Option(help="digits, fashion-mnist, cifar10, … or package.module:loader.")]
 DataDir = Annotated[str | None, typer.Option(help="Folder with the data set's own files.")]
+Partitioner = Annotated[str | None, typer.Option(help="iid, dirichlet, shards, … or package.module:partitioner.")]
+PartitionFile = Annotated[
+    str | None, typer.Option("--partition", metavar="FILE", help="A partition.json, instead of the partitioner.")
+]
 Alpha = Annotated[str | None, typer.Option(help="Dirichlet α; 0.1,1 runs several.")]
 Seed = Annotated[str | None, typer.Option(help="Seed; 0,1,2 runs several.")]
 NumClients = Annotated[int | None, typer.Option(help="How many clients there are.")]
@@ -48,6 +52,8 @@ def run(
     set_: Set = None,
     data: Data = None,
     data_dir: DataDir = None,
+    partitioner: Partitioner = None,
+    partition_file: PartitionFile = None,
     alpha: Alpha = None,
     seed: Seed = None,
     num_clients: NumClients = None,
@@ -62,6 +68,8 @@ def run(
     options = {
         "data": data,
         "data-dir": data_dir,
+        "partitioner": partitioner,
+        "partition-file": partition_file,
         "alpha": alpha,
         "seed": seed,
         "num-clients": num_clients,
@@ -91,13 +99,24 @@ def partition(
     set_: Set = None,
     data: Data = None,
     data_dir: DataDir = None,
+    partitioner: Partitioner = None,
+    partition_file: PartitionFile = None,
     alpha: Alpha = None,
     seed: Seed = None,
     num_clients: NumClients = None,
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("partition.svg"),
+    json: Annotated[Path, typer.Option(help="The partition, for --partition.")] = Path("partition.json"),
 ) -> None:
-    """Show who holds which labels: a table, and a picture of clients × classes."""
-    options = {"data": data, "data-dir": data_dir, "alpha": alpha, "seed": seed, "num-clients": num_clients}
+    """Show who holds which labels, and how unlike the clients are: tables, a picture, and a file to publish."""
+    options = {
+        "data": data,
+        "data-dir": data_dir,
+        "partitioner": partitioner,
+        "partition-file": partition_file,
+        "alpha": alpha,
+        "seed": seed,
+        "num-clients": num_clients,
+    }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     settings = _config(config_file, set_, {**given, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
     if len(settings.federations()) > 1:
@@ -105,13 +124,19 @@ def partition(
     if out.suffix.lower() not in (".svg", ".png"):
         raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
     from clients.federation import federation
-    from experiments.partition_view import partition_table, write_partition_picture
+    from experiments import partition_view as view
+    from fedwsa import files
 
     with _plainly(out):
-        counts = federation(settings).label_counts().tolist()
-        console.print(partition_table(counts))
-        title = f"{settings.data}: {settings.num_clients} clients, {_how(settings)}, seed {settings.seed[0]}"
-        write_partition_picture(counts, title, out)
+        holdings = federation(settings)
+        counts = holdings.label_counts().tolist()
+        console.print(view.partition_table(counts))
+        console.print("", view.heterogeneity_table(counts))
+        title = f"{settings.data}: {settings.num_clients} clients, {view.describe(holdings.made_by)}"
+        view.write_partition_picture(counts, title, out)
+    with _plainly(json):
+        files.replace(json, view.partition_json(holdings))
+    console.print(f"\npartition: {json}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -133,6 +158,25 @@ def report(
 
 
 @app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A model in a safetensors file, e.g. a run's final.safetensors.")],
+    out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("inspect.svg"),
+) -> None:
+    """Show each layer's weight scope and how Gaussian it is: a table, and a picture of histograms."""
+    if out.suffix.lower() not in (".svg", ".png"):
+        raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
+    from experiments.inspection import draw_layers, layer_cells, layers_of
+    from experiments.table import rich_table
+    from fedwsa import files, weights
+
+    with _plainly(out):
+        layers = layers_of(weights.read(checkpoint))
+        console.print(rich_table(layer_cells(layers, str(checkpoint))))
+        files.replace(out, draw_layers(layers, str(checkpoint), out.suffix.lower().removeprefix(".")))
+    console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def version() -> None:
     """Versions of fedwsa and of what the results depend on."""
     from importlib.metadata import version as installed
@@ -140,11 +184,6 @@ def version() -> None:
     print(f"fedwsa {__version__}")
     for package in ("flwr", "torch", "ray", "numpy"):
         print(f"{package} {installed(package)}")
-
-
-def _how(settings: config.Config) -> str:
-    dirichlet = settings.partitioner.startswith("dirichlet")
-    return f"Dirichlet α = {settings.alpha[0]:g}" if dirichlet else settings.partitioner
 
 
 def _config(file: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> config.Config:

@@ -72,7 +72,7 @@ def accuracy_figure(run: Run) -> str | None:
     }
     if not any(series for group in curves.values() for series in group):
         return None
-    with _style():
+    with style():
         columns = min(3, len(run.alphas))
         figure, panels = _grid(math.ceil(len(run.alphas) / columns), columns, 3.6 if columns == 1 else 2.7)
         lines: dict[str, Line2D] = {}
@@ -110,7 +110,7 @@ def scope_figure(run: Run) -> str | None:
     if not layers:
         return None
     positive = [value for row in by_round for value in row.values() if value > 0 and math.isfinite(value)]
-    with _style():
+    with style():
         if len(layers) <= MAX_LAYER_PANELS:
             return _svg(_scope_lines(run, distances, layers, positive))
         return _svg(_scope_maps(run, distances, layers, positive))
@@ -126,21 +126,25 @@ def draw_partition(label_counts: Sequence[Sequence[int]], title: str, form: str)
     counts = np.asarray(label_counts)
     if counts.ndim != 2 or 0 in counts.shape:
         raise ValueError(f"label counts must be [clients][classes] and not empty, got shape {counts.shape}")
-    with _style():
-        figure = _partition(counts, title)
-        if form == "svg":
-            return _svg(figure).encode()
-        picture = io.BytesIO()
-        figure.savefig(picture, format=form, dpi=150, metadata={"Software": None})
-        return picture.getvalue()
+    with style():
+        return encoded(_partition(counts, title), form)
+
+
+def encoded(figure: "Figure", form: str) -> bytes:
+    """A figure as a whole file; `form` is "svg" or "png"."""
+    if form == "svg":
+        return _svg(figure).encode()
+    picture = io.BytesIO()
+    figure.savefig(picture, format=form, dpi=150, metadata={"Software": None})
+    return picture.getvalue()
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Our settings on top of Matplotlib's own defaults, whatever the user's matplotlibrc says."""
-    from matplotlib import style
+    from matplotlib.style import context
 
-    with style.context(["default", _RC]):
+    with context(["default", _RC]):
         yield
 
 
@@ -255,7 +259,11 @@ def _partition(counts: "np.ndarray[Any, Any]", title: str) -> "Figure":
     axes.imshow(counts, aspect="auto", cmap=shades, norm=PowerNorm(0.5, 0, max(1, counts.max())))
     if written := clients <= 100 and classes <= 20:
         _write_counts(axes, bars, counts, 7.5 if clients <= 40 else 6.5)
-    bars.barh(range(clients), counts.sum(1), height=0.7, color="#7fb8d8", linewidth=0)
+    if clients <= 100:
+        bars.barh(range(clients), counts.sum(1), height=0.7, color="#7fb8d8", linewidth=0)
+    else:  # one shape: thousands of bars take seconds
+        edges = np.arange(clients + 1) - 0.5
+        bars.stairs(counts.sum(1), edges, orientation="horizontal", fill=True, color="#7fb8d8", linewidth=0)
     figure.suptitle(title, x=0.065, y=1 - 0.08 / height, ha="left", va="top", fontsize=10)
     axes.set_ylabel("client")
     axes.yaxis.set_major_locator(MaxNLocator(20, integer=True))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures
-from experiments.results import Run, read_run
+from experiments.results import Run, read_run, split_without_alpha
 from experiments.table import Cells, difference_cells, summary_cells
 from fedwsa import files
 
@@ -65,10 +65,12 @@ def _page_colours(svg: str) -> str:
 def _what_was_run(run: Run) -> str:
     """One sentence from the config."""
     known = {key: run.config.get(key, "?") for key in ("data", "num-clients", "cohort", "rounds", "model")}
-    partitioner = run.config.get("partitioner", "dirichlet")
-    split = {"dirichlet": "Dirichlet partition", "iid": "IID partition"}.get(partitioner, f"partition {partitioner}")
-    if partitioner != "iid":
+    fixed, partitioner = split_without_alpha(run.config), run.config.get("partitioner", "dirichlet")
+    if fixed is None:
+        split = "Dirichlet partition" if partitioner == "dirichlet" else f"partition {partitioner}"
         split += f", α = {_enumerate([f'{alpha:g}' for alpha in run.alphas])}"
+    else:
+        split = "IID partition" if fixed == "IID" else f"partition {fixed}"
     seeds = ("seed " if len(run.seeds) == 1 else "seeds ") + _enumerate([str(seed) for seed in run.seeds])
     return (
         f"{_enumerate(run.strategies)} on {known['data']}: {known['num-clients']} clients ({split}), {known['cohort']} "

@@ -3,15 +3,18 @@
 Everything that is shown of a run is drawn from these files alone, so that it can be drawn again.
 """
 
+import inspect
 import json
 import math
 import re
 import statistics
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from partitions import PARTITIONERS
 
 Event = dict[str, Any]
 
@@ -83,8 +86,8 @@ class Run:
         return list(dict.fromkeys(federation.seed for federation in self.federations))
 
     def split(self, alpha: float) -> str:
-        """How the data were divided, as a label: "α = 0.1", or "IID" where α plays no part."""
-        return "IID" if self.config.get("partitioner") == "iid" else f"α = {alpha:g}"
+        """How the data were divided, as a label: "α = 0.1", or what `split_without_alpha` says."""
+        return split_without_alpha(self.config) or f"α = {alpha:g}"
 
     def results(self, alpha: float, strategy: str) -> list[StrategyResult]:
         """What the strategy logged at this α, one result a seed."""
@@ -109,6 +112,16 @@ class Difference:
     n: int
     mean: float
     half_width: float | None
+
+
+def split_without_alpha(config: Mapping[str, Any]) -> str | None:
+    """How the data were divided where α plays no part: "IID", the partitioner's name, the partition's file; or None."""
+    if file := config.get("partition-file"):
+        return Path(file).name
+    name = config.get("partitioner", "dirichlet")
+    if name not in PARTITIONERS or "alpha" in inspect.signature(PARTITIONERS[name]).parameters:
+        return None
+    return "IID" if name == "iid" else str(name)
 
 
 def as_list(value: Any) -> list[Any]:

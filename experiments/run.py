@@ -14,16 +14,19 @@ from rich.console import Console
 
 import strategies
 from clients.client_app import app as client_app
-from clients.federation import Federation, federation, load_data
+from clients.federation import federation
 from experiments import profile as profile_view
 from experiments.display import Display
+from experiments.partition_view import partition_json
 from experiments.report import write_report
 from experiments.results import read_lines, read_run, summarize
 from experiments.table import summary_table
 from fedwsa import config as configuration
-from fedwsa import models, tracing
+from fedwsa import data, models, tracing, weights
 from fedwsa.config import Config, ConfigError
+from fedwsa.data.augmentation import AUGMENTATIONS
 from fedwsa.errors import RunError, UsageError
+from fedwsa.merging import chain_permutations
 from fedwsa.registry import lookup
 from fedwsa.run_folder import (
     CONFIG,
@@ -58,6 +61,7 @@ def start(config: Config, console: Console, *, profile: bool = False) -> Path:
     profile: also show where the time went, and write it to the folder's trace.json.
     """
     check(config)
+    config = weights.pinned(config)
     folder = new_folder(config)
     _check_new(folder)
     with _claimed(folder):
@@ -86,8 +90,14 @@ def check(config: Config) -> None:
     """What the config names exists and its split is possible; else ConfigError, a line a problem, before any work."""
 
     def build_model() -> None:
-        dataset = load_data(config.data, config.data_dir)
-        models.build(config.model, dataset.input_shape, dataset.num_classes, seed=0)
+        dataset = data.of_config(config)
+        model = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
+        weights.begin(model, config)
+        if "np-merge" in config.strategies and config.np_merge.align:
+            try:
+                chain_permutations(model.state_dict())
+            except ValueError as error:
+                raise ValueError(f"np-merge.align = true: {error}; allowed with this model is false") from error
 
     def find_device() -> None:
         if config.gpus_per_client and not config.ray_address and not torch.cuda.is_available():
@@ -99,6 +109,7 @@ def check(config: Config) -> None:
     needed: list[Callable[[], object]] = [
         *(partial(lookup, strategies.STRATEGIES, name, "strategy") for name in config.strategies),
         partial(lookup, models.MODELS, config.model, "model"),
+        *([partial(lookup, AUGMENTATIONS, config.augmentation, "augmentation")] if config.augmentation else []),
         build_model,
         find_device,
         *(partial(federation, one) for one in config.federations()),
@@ -191,7 +202,7 @@ def _train(config: Config, folder: Path, console: Console) -> None:
         for one in config.federations():
             part = _part(config, one, folder)
             display.begin(one)
-            _write_partition(one, federation(one), part)
+            _write_partition(one, part / PARTITION)
             for name in one.strategies:
                 if (part / name / FINAL).exists():
                     display.finished(name)
@@ -219,20 +230,11 @@ def _is_finished(one: Config, part: Path) -> bool:
     return all((part / name / FINAL).exists() for name in one.strategies)
 
 
-def _write_partition(config: Config, holdings: Federation, folder: Path) -> None:
-    counts = holdings.label_counts()
-    content = {
-        "data": config.data,
-        "alpha": config.alpha[0],
-        "seed": config.seed[0],
-        "partitioner": config.partitioner,
-        "label_counts": counts.tolist(),
-        "num_classes": holdings.dataset.num_classes,
-        "server_samples": len(holdings.server),
-        "server_origin": f"training split of {config.data}, held out from every client",
-        "test_samples": len(holdings.dataset.test_labels),
-    }
-    write_atomically(folder / PARTITION, json.dumps(content).encode())
+def _write_partition(config: Config, path: Path) -> None:
+    content = partition_json(federation(config))
+    if config.partition_file and path.exists() and path.read_bytes() != content:
+        raise UsageError(f"{config.partition_file}: changed since the run began; what it held then is in {path}")
+    write_atomically(path, content)
 
 
 def _summarize(config: Config, folder: Path, part: Path) -> None:

@@ -52,6 +52,9 @@ def _as_tuple(value: Any) -> Any:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Initialisation = Literal[
+    "default", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform", "orthogonal"
+]
 
 
 class _Section(BaseModel):
@@ -103,14 +106,31 @@ class Config(_Section):
 
     data: str = "digits"
     data_dir: str = ""  # where the data set's own files lie; empty: the usual places
+    image_size: Annotated[int, Field(ge=0)] = 0  # pixels a side that images are cut and scaled to; 0: left as they are
+    feature_shift: str = ""  # what makes clients' images unlike: noise, rotation, contrast; empty: nothing
+    shift_strength: NonNegative = 0.1  # at the last client: std of the noise, full turns, share of the contrast lost
     num_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     partitioner: str = "dirichlet"
     alpha: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0.1,)
     min_size: Annotated[int, Field(ge=1)] = 2  # samples of the smallest client
+    balanced: bool = False  # dirichlet: equal sizes
+    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    classes_per_client: Annotated[int, Field(ge=1)] = 2  # label_skew
+    beta: Positive = 0.5  # quantity_skew: sizes ~ Dir(β)
+    size_sigma: NonNegative = 0.0  # quantity_skew: if > 0, sizes are log-normal with this σ of their logarithm instead
+    partition_file: str = ""  # to read instead: a partition.json of `fedwsa partition` or a run; empty: none
     server_samples: Annotated[int, Field(ge=0)] = 100  # held out from every client
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of each client's samples
 
     model: str = "mlp"
+    width: Positive = 1.0  # a factor for the model's channels and hidden units, where it has such an option
+    norm: Literal["batch", "group"] = "batch"  # of the residual networks
+    init: Initialisation = "default"  # of the weights; default: as the model itself begins
+    initial_model: str = ""  # a safetensors file to begin with, e.g. a run's final.safetensors; empty: none
+    initial_model_sha256: Annotated[
+        str, Field(pattern=r"^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty")
+    ] = ""  # that the file must have; a run fills it in
+    batch_norm: Literal["aggregate", "local", "local-statistics"] = "aggregate"  # what stays with the clients
     seed: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
 
     rounds: Annotated[int, Field(ge=1)] = 30
@@ -122,6 +142,7 @@ class Config(_Section):
     learning_rate: Positive = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegative = 0.0
+    augmentation: str = ""  # of training images, anew at each step: flip, crop-flip; empty: none
     target_accuracy: Annotated[float, Field(gt=0, le=1)] = 0.8
 
     wsa: WSAConfig = WSAConfig()
@@ -156,6 +177,15 @@ class Config(_Section):
         if self.engine == "inprocess" and (self.gpus_per_client or self.ray_address):
             key = "gpus-per-client" if self.gpus_per_client else "ray-address"
             yield {"engine", key}, f'{key}: with engine = "inprocess" it means nothing; allowed is engine = "ray"'
+        if self.initial_model and self.init != "default":
+            line = f'init = "{self.init}": with an initial-model it means nothing; allowed is "default"'
+            yield {"init", "initial-model"}, line
+        if self.initial_model_sha256 and not self.initial_model:
+            line = "initial-model-sha256: without an initial-model it means nothing; allowed is empty"
+            yield {"initial-model-sha256", "initial-model"}, line
+        if self.partition_file and len(self.alpha) > 1:
+            line = f"alpha = {_shown(self.alpha)}: with a partition-file it decides nothing; allowed is one value"
+            yield {"alpha", "partition-file"}, line
         if "np-merge" in self.strategies and self.server_samples == 0:
             line = "server-samples = 0: np-merge learns on the server's split; allowed with it is a whole number ≥ 1"
             yield {"server-samples", "strategies"}, line

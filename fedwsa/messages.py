@@ -5,7 +5,7 @@ A train or evaluate message holds
 * ``arrays`` (ArrayRecord): the model's state dict;
 * ``config`` (ConfigRecord): ``server-round``, ``schema-version`` and, where a strategy aligns weight scopes,
   the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
-  ``scope-mode`` and ``scope-reduction``.
+  ``scope-mode`` and ``scope-reduction``; and ``strategy``, its name, where clients keep arrays of BatchNorm.
 
 A message of type ``evaluate.test_split``, which only a simulation sends, has ``first-sample`` and ``last-sample``
 (not included) in its ``config`` besides: the part of the test split to evaluate on, by whoever's turn it is.
@@ -30,7 +30,7 @@ SCHEMA_VERSION = 1
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
-SERVER_ROUND, VERSION = "server-round", "schema-version"
+SERVER_ROUND, VERSION, STRATEGY = "server-round", "schema-version", "strategy"
 FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"

@@ -47,7 +47,8 @@ class Rounds:
             last_round, arrays = 0, pack(initial)
             self._record({"round": 0, **self.evaluate(arrays)})
         else:
-            if unlike := checkpoint.model.keys() ^ initial.keys():
+            there, here = ({(n, tensor.shape) for n, tensor in each.items()} for each in (checkpoint.model, initial))
+            if unlike := {name for name, _ in there ^ here}:
                 raise RunFolderError(
                     f"{self.folder.checkpoints}: of another model than {self.config.model}, {sorted(unlike)} differ; "
                     "allowed is the config with which the run began"
@@ -78,7 +79,7 @@ class Rounds:
 
     def _train(self, server_round: int, arrays: ArrayRecord) -> ArrayRecord:
         start = time.perf_counter()
-        outgoing = self.strategy.configure_train(server_round, arrays, ConfigRecord(), self.grid)
+        outgoing = self.strategy.configure_train(server_round, arrays, self._settings(), self.grid)
         make = self.strategy.folding(server_round)
         if make and isinstance(self.grid, SimulationGrid):
             folded = self.grid.fold(outgoing, make, timeout=self.config.timeout)
@@ -92,10 +93,14 @@ class Rounds:
 
     def _evaluate_clients(self, server_round: int, arrays: ArrayRecord) -> None:
         start = time.perf_counter()
-        outgoing = list(self.strategy.configure_evaluate(server_round, arrays, ConfigRecord(), self.grid))
+        outgoing = list(self.strategy.configure_evaluate(server_round, arrays, self._settings(), self.grid))
         if outgoing:
             metrics = self.strategy.aggregate_evaluate(server_round, self._replies(outgoing))
             self._record_phase("evaluate-clients", server_round, metrics, start)
+
+    def _settings(self) -> ConfigRecord:
+        """What every message says besides; real clients tell by it whether what they keep is of this strategy."""
+        return ConfigRecord({messages.STRATEGY: self.name} if self.config.batch_norm != "aggregate" else {})
 
     def _replies(self, outgoing: Iterable[Message]) -> Iterable[Message]:
         return self.grid.send_and_receive(outgoing, timeout=self.config.timeout)

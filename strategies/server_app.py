@@ -3,17 +3,20 @@
 from logging import INFO, WARNING
 from pathlib import Path
 
+import numpy as np
 import torch
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore import log
+from numpy.typing import NDArray
 
 import strategies
-from fedwsa import data, models
+from fedwsa import data, models, weights
 from fedwsa.config import Config, from_run_config
 from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import generator, torch_seed
 from fedwsa.tracing import span
+from partitions import stored
 from strategies.evaluation import CentralEvaluation
 from strategies.gate import Gate
 from strategies.rounds import Event, Notify, Rounds
@@ -43,6 +46,7 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
         own = new_folder(config).absolute()
         release = claim(own)
         try:
+            config = weights.pinned(config)
             _keep_config(own, config)
             run_strategies(grid, config, own, notify)
         finally:
@@ -63,16 +67,25 @@ def _keep_config(folder: Path, config: Config) -> None:
             log(INFO, "%s has its final model and is left as it is", name)
 
 
+def _held_out(config: Config, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The server's samples: those that clients/federation.py leaves out."""
+    if config.partition_file:
+        sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
+        return stored.read(Path(config.partition_file), labels, **sizes).server
+    return data.server_split(labels, config.server_samples, generator(config.seed[0], "server-split"))[0]
+
+
 def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> None:
     """Those that have a final model are left as they are; one that was interrupted goes on from its checkpoint."""
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
-    dataset = data.load(config.data, Path(config.data_dir) if config.data_dir else None)
+    dataset = data.of_config(config)
     seed = config.seed[0]
-    held_out, _ = data.server_split(dataset.train_labels, config.server_samples, generator(seed, "server-split"))
-    model = models.build(config.model, dataset.input_shape, dataset.num_classes, torch_seed(seed, "model"))
+    held_out = _held_out(config, dataset.train_labels)
+    model = models.of_config(config, dataset.input_shape, dataset.num_classes, torch_seed(seed, "model"))
+    weights.begin(model, config)
     initial = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     holdout = strategies.Holdout(model, *dataset.train_tensors(held_out))
-    evaluated = models.build(config.model, dataset.input_shape, dataset.num_classes, seed=0)
+    evaluated = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
     evaluate_arrays = CentralEvaluation(models.placed(evaluated, torch.device("cpu")), dataset, grid, config.timeout)
     for name in config.strategies:
         strategy_folder = StrategyFolder(folder / name)

@@ -16,11 +16,13 @@ import pytest
 from helpers import require_fashion_mnist
 from rich.console import Console
 
+from clients.federation import federation
 from experiments import cli, display
 from fedwsa import config, files
 from fedwsa.config import Config
 from fedwsa.data import fashion_mnist
 from fedwsa.run_folder import claim, sha256
+from partitions import heterogeneity
 
 SMALL = (
     "--engine=inprocess",
@@ -98,7 +100,7 @@ def test_version(fedwsa: Command) -> None:
 def test_help_names_the_commands(fedwsa: Command) -> None:
     outcome = fedwsa("--help")
     assert outcome.status == 0
-    assert all(f" {name} " in outcome.out for name in ("run", "partition", "report", "version"))
+    assert all(f" {name} " in outcome.out for name in ("run", "partition", "report", "inspect", "version"))
 
 
 @pytest.mark.usefixtures("with_report")
@@ -219,8 +221,27 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "too few clients": (("run", "--num-clients=3", "--set=evaluation-cohort=0"), r"cohort = 10: allowed is at most .*"),
     "missing file": (("run", "none.toml"), r"none.toml: no such config file"),
     "folder as file": (("run", "."), r"\.: cannot be read: Is a directory"),
-    "unknown data": (("run", "--data=mnits"), r"unknown data set 'mnits': registered are digits, fashion-mnist; .*"),
-    "unknown model": (("run", "--set=model=vgg"), r"unknown model 'vgg': registered are cnn, mlp; or .*"),
+    "unknown data": (("run", "--data=mnits"), r"unknown data set 'mnits': registered are cifar10, cifar100, .*"),
+    "unknown model": (("run", "--set=model=vgg"), r"unknown model 'vgg': registered are cnn, mlp, resnet20, .*"),
+    "option of another model": (
+        ("run", "--set=width=2"),
+        r"width = 2.0: model 'mlp' has no such option; allowed is 1.0",
+    ),
+    "colour model": (
+        ("run", "--set=model=torchvision.models:mobilenet_v2"),
+        r"model 'torchvision.models:mobilenet_v2' takes images of 3 channels, these have 1; allowed are .*",
+    ),
+    "model that cannot be aligned": (
+        ("run", "--set=model=resnet8"),
+        r"np-merge.align = true: no plain chain of layers: .*; allowed with this model is false",
+    ),
+    "no initial model": (("run", "--set=initial-model=none"), r"none: cannot be read: No such file or directory"),
+    "inspect nothing": (("inspect", "none"), r"none: cannot be read: No such file or directory"),
+    "inspect a folder": (("inspect", "."), r"\.: cannot be read: Is a directory"),
+    "inspect as pdf": (("inspect", "none", "--out=a.pdf"), r"--out a.pdf: allowed is a name that ends in .svg or .png"),
+    "unknown shift": (("run", "--set=feature-shift=x"), r"unknown feature shift 'x': registered are contrast, .*"),
+    "unknown augmentation": (("run", "--set=augmentation=x"), r"unknown augmentation 'x': registered are crop-.*"),
+    "size of digits": (("run", "--set=image-size=9"), r"image-size = 9: the images of digits have one size; .*"),
     "unknown strategy": (("run", "--strategies=fedavgg"), r"unknown strategy 'fedavgg': registered are fedavg, .*"),
     "unknown partitioner": (("run", "--set=partitioner=x"), r"unknown partitioner 'x': registered are dirichlet, .*"),
     "path to nowhere": (("run", "--set=model=torch:nothing"), r"unknown model 'torch:nothing' \(.*\): registered .*"),
@@ -236,6 +257,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "partition of several": (("partition", "--alpha=0.1,1"), r"partition shows one federation; .*"),
     "partition as pdf": (("partition", "--out=a.pdf"), r"--out a.pdf: allowed is a name that ends in .svg or .png"),
     "partition of nothing": (("partition", "--data=x"), r"unknown data set 'x': .*"),
+    "partition of no file": (("partition", "--partition=x.json"), r"x\.json: cannot be read: No such file .*"),
+    "run with no file": (("run", "--partition=x.json"), r"x\.json: cannot be read: No such file .*"),
+    "file and alphas": (("run", "--partition=x", "--alpha=1,2"), r"alpha = \[1.0, 2.0\]: with a partition-file .*"),
+    "no groups": (("run", "--partitioner=natural"), r"partitioner 'natural': data set 'digits' has no train_.*"),
+    "shards of nothing": (
+        ("partition", "--partitioner=shards", "--set=shards-per-client=90"),
+        r"20 clients with shards_per_client=90 need 1800 samples, got 1338; use fewer shards or fewer clients",
+    ),
     "partition impossible": (("partition", "--num-clients=900"), r"900 clients with min_size=2 need 1800 samples, .*"),
     "report of no run": (("report", "."), r"\. is not a run folder: it has no config.toml; .*"),
     "report of nothing": (("report", "none"), r"none is not a run folder: .*"),
@@ -481,6 +510,60 @@ def test_config_changed_before_resume(fedwsa: Command, tmp_path: Path, monkeypat
     assert line.startswith("mine/fedavg/checkpoints: of another model than cnn, [")
 
 
+def test_width_changed_before_resume(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("run", *SMALL, "--strategies=fedavg", "--set=model=resnet8", "--set=width=0.25", "--out=mine")
+    (tmp_path / "mine/fedavg/final.safetensors").unlink()
+    path = tmp_path / "mine/config.toml"
+    path.write_text(path.read_text().replace("width = 0.25", "width = 0.5"))
+    outcome = fedwsa("run", "--resume=mine")
+    assert outcome.status == 1
+    (line,) = said(outcome)
+    assert line.startswith("mine/fedavg/checkpoints: of another model than resnet8, [")
+
+
+def test_run_from_a_model_in_a_file_is_repeatable(fedwsa: Command, tmp_path: Path) -> None:
+    start = tmp_path / "first/fedavg/final.safetensors"
+    fedwsa("run", *SMALL, "--strategies=fedavg", "--out=first")
+    from_first = ("--set=initial-model=first/fedavg/final.safetensors", "--strategies=fedavg")
+    assert fedwsa("run", *SMALL, *from_first, "--out=second").status == 0
+    written = tomllib.loads((tmp_path / "second/config.toml").read_text())
+    assert written["initial-model-sha256"] == sha256(start)
+    assert fedwsa("run", "second/config.toml", "--out=third").status == 0
+    assert models(tmp_path / "third") == models(tmp_path / "second") != models(tmp_path / "first")
+
+    original = start.read_bytes()
+    start.write_bytes((tmp_path / "second/fedavg/final.safetensors").read_bytes())
+    (tmp_path / "third/fedavg/final.safetensors").unlink()
+    for refused in (("--resume=third",), ("second/config.toml", "--out=fourth")):
+        outcome = fedwsa("run", *refused)
+        assert outcome.status == 2
+        (line,) = said(outcome)
+        assert line.startswith("first/fedavg/final.safetensors: its SHA-256 is ")
+    assert not (tmp_path / "fourth").exists()
+    start.write_bytes(original)
+    assert fedwsa("run", "--resume=third").status == 0
+    assert models(tmp_path / "third") == models(tmp_path / "second")
+
+
+def test_inspect(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine")
+    outcome = fedwsa("inspect", "mine/fedavg/final.safetensors")
+    assert (outcome.status, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    rows = [line.split() for line in lines if line.startswith("layers.")]
+    assert [row[:3] for row in rows] == [
+        ["layers.0.weight", "200×64", "12,800"],
+        ["layers.1.weight", "200×200", "40,000"],
+        ["layers.2.weight", "10×200", "2,000"],
+    ]
+    assert lines[-1] == "picture: inspect.svg"
+    assert (tmp_path / "inspect.svg").read_text().startswith("<svg")
+    checkpoint = fedwsa("inspect", "mine/fedavg/checkpoints/round-000002.safetensors", "--out=mine.png")
+    assert [line.split() for line in checkpoint.out.splitlines() if line.startswith("layers.")] == rows
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
@@ -568,13 +651,18 @@ def test_partition(fedwsa: Command, tmp_path: Path) -> None:
     assert outcome.status == 0
     assert "\x1b" not in outcome.out
     lines = outcome.out.splitlines()
-    assert lines[-1] == "picture: mine.png"
+    assert lines[-2:] == ["partition: partition.json", "picture: mine.png"]
     assert max(map(len, lines)) <= 80
     rows = [line.split() for line in lines if re.match(r" +\d", line)]
     assert [row[0] for row in rows] == [str(client) for client in range(6)]
     counts = [[0 if cell == "·" else int(cell) for cell in row[3:]] for row in rows]
     assert [sum(row) for row in counts] == [int(row[1]) for row in rows]
     assert sum(map(sum, counts)) == 1438 - 100  # digits' training split less the server's
+    found = heterogeneity(counts)
+    numbers = (found.total_variation, found.jensen_shannon, found.effective_classes, found.size_gini)
+    names = ("total variation", "Jensen–Shannon distance", "effective classes", "Gini of the sizes")
+    for name, value in zip(names, numbers, strict=True):
+        assert any(re.match(rf"{name} +{value:.3f} ", line) for line in lines), name
     assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -586,6 +674,52 @@ def test_partition_is_what_a_run_uses(fedwsa: Command, tmp_path: Path) -> None:
     rows = [line.split()[3:] for line in outcome.out.splitlines() if re.match(r" +\d", line)]
     assert [[0 if cell == "·" else int(cell) for cell in row] for row in rows] == used
     assert (tmp_path / "partition.svg").read_text().startswith("<svg")
+
+
+def test_a_run_reads_a_partition_back(fedwsa: Command, tmp_path: Path) -> None:
+    """A run with the file, its own copy of it too, ends as the run that makes the partition itself, bit for bit."""
+    options = ("--seed=5", "--strategies=fedavg,np-merge")
+    fedwsa("run", *SMALL, *options, "--alpha=0.3", "--out=itself")
+    shown = fedwsa("partition", "--num-clients=6", "--alpha=0.3", "--seed=5", "--json=mine.json")
+    assert (tmp_path / "mine.json").read_bytes() == (tmp_path / "itself/partition.json").read_bytes()
+    assert fedwsa("run", *SMALL, *options, "--partition=mine.json", "--alpha=9", "--out=read").status == 0
+    assert models(tmp_path / "read") == models(tmp_path / "itself") != {}
+    assert (tmp_path / "mine.json").read_bytes() == (tmp_path / "read/partition.json").read_bytes()
+    assert fedwsa("run", "read/config.toml", "--out=again").status == 0
+    assert models(tmp_path / "again") == models(tmp_path / "itself")
+    fedwsa("run", *SMALL, *options, "--alpha=9", "--out=other")
+    assert all(models(tmp_path / "other")[name] != model for name, model in models(tmp_path / "read").items())
+    again = fedwsa("partition", "--num-clients=6", "--partition=itself/partition.json")
+    assert again.out.splitlines()[:-2] == shown.out.splitlines()[:-2]
+    refused = fedwsa("run", *SMALL, "--num-clients=7", "--partition=mine.json", "--out=seven")
+    assert (refused.status, said(refused)) == (2, ["mine.json: has 6 clients; allowed with it is num-clients = 6"])
+    assert not (tmp_path / "seven").exists()
+
+
+def test_a_run_does_not_go_on_with_another_partition(fedwsa: Command, tmp_path: Path) -> None:
+    fedwsa("partition", "--num-clients=6", "--json=mine.json")
+    fedwsa("run", *SMALL, "--partition=mine.json", "--strategies=fedavg", "--out=run")
+    (tmp_path / "run/fedavg/final.safetensors").unlink()
+    fedwsa("partition", "--num-clients=6", "--alpha=9", "--json=mine.json")
+    federation.cache_clear()  # as in another process
+    outcome = fedwsa("run", "--resume=run")
+    assert outcome.status == 2
+    assert said(outcome) == ["mine.json: changed since the run began; what it held then is in run/partition.json"]
+
+
+def test_a_run_with_a_partitioner_that_knows_no_alpha(fedwsa: Command, tmp_path: Path) -> None:
+    outcome = fedwsa("run", *SMALL, "--partitioner=label_skew", "--strategies=fedavg", "--out=mine")
+    assert outcome.status == 0
+    assert "main: label_skew, seed 0" in outcome.out
+    stored = json.loads((tmp_path / "mine/partition.json").read_text())
+    assert stored["made_by"] == {"partitioner": "label_skew", "classes_per_client": 2, "seed": 0}
+    assert [sum(count > 0 for count in row) for row in stored["label_counts"]] == [2] * 6
+
+
+def test_partition_into_a_folder_that_is_none(fedwsa: Command) -> None:
+    outcome = fedwsa("partition", "--json=none/mine.json")
+    assert outcome.status == 1
+    assert said(outcome) == ["none/mine.json: cannot be written: No such file or directory"]
 
 
 def test_partition_of_a_hundred_clients(fedwsa: Command) -> None:

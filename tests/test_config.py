@@ -133,6 +133,16 @@ MANY = ", or a list of such, not empty"
         ("learning-rate", float("inf"), "learning-rate = Infinity: allowed is a finite number > 0"),
         ("weight-decay", float("nan"), "weight-decay = NaN: allowed is a finite number ≥ 0"),
         ("timeout", 0, "timeout = 0: allowed is a finite number > 0"),
+        ("width", 0, "width = 0: allowed is a finite number > 0"),
+        ("norm", "layer", 'norm = "layer": allowed is "batch" or "group"'),
+        (
+            "init",
+            "he",
+            'init = "he": allowed is "default", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform" '
+            'or "orthogonal"',
+        ),
+        ("initial-model-sha256", "abc", 'initial-model-sha256 = "abc": allowed is 64 hexadecimal digits, or empty'),
+        ("batch-norm", "fedbn", 'batch-norm = "fedbn": allowed is "aggregate", "local" or "local-statistics"'),
         ("engine", "spark", 'engine = "spark": allowed is "ray" or "inprocess"'),
         ("wsa", 3, "wsa = 3: allowed is a section with keys of its own"),
         ("wsa", {"strength": -1}, "wsa.strength = -1: allowed is a finite number ≥ 0"),
@@ -176,6 +186,14 @@ def test_wrong_value(key: str, value: Any, line: str | None) -> None:
             {"min-size": 1},
             "min-size = 1: a client trains on one sample and evaluates on another; "
             "allowed is a whole number ≥ 2, or evaluation-cohort = 0",
+        ),
+        (
+            {"initial-model": "a.safetensors", "init": "orthogonal"},
+            'init = "orthogonal": with an initial-model it means nothing; allowed is "default"',
+        ),
+        (
+            {"initial-model-sha256": "0" * 64},
+            "initial-model-sha256: without an initial-model it means nothing; allowed is empty",
         ),
         ({"seed": [1, 1]}, "seed = [1, 1]: allowed are values that differ from each other"),
         (

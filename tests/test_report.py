@@ -242,12 +242,20 @@ def test_the_report_says_what_was_run_and_how_to_repeat_it(one: Path) -> None:
     assert all(s.model_sha256 in page.of("td") for name in STRATEGIES for s in read_run(one).summaries(name))
 
 
-def test_alpha_is_not_named_where_it_plays_no_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ('partitioner = "iid"\n', "IID partition"),
+        ('partitioner = "shards"\n', "partition shards"),
+        ('partition-file = "somewhere/mine.json"\n', "partition mine.json"),
+    ],
+)
+def test_alpha_is_not_named_where_it_plays_no_part(tmp_path: Path, lines: str, said: str) -> None:
     folder = fake_run(tmp_path / "run", rounds=2, failures={1: 1})
     with (folder / "config.toml").open("a") as file:
-        file.write('partitioner = "iid"\n')
+        file.write(lines)
     page = page_of(folder)
-    assert "20 clients (IID partition), 10 of them" in page.of("p")[0]
+    assert f"20 clients ({said}), 10 of them" in page.of("p")[0]
     assert "α" not in "".join(text for _, text in page.texts)
 
 
