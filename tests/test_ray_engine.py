@@ -2,6 +2,7 @@
 
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -249,6 +250,25 @@ def test_pull_does_not_wait_for_a_client(engine):
         return values(wait_until(lambda: grid.pull_messages(ids)))
 
     assert federate(main, client, 1, engine) == [0]
+
+
+def test_a_worker_keeps_the_memory_that_a_client_frees_for_the_next(engine):
+    """To give it back and to get it anew is a page fault each 4 KiB."""
+
+    def train(message, context):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        kept = [np.ones(100_000) for _ in range(16)]
+        del kept
+        return reply(message, value=resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, pid=os.getpid())
+
+    def main(grid):
+        return [each.content["config"] for _ in range(3) for each in grid.send_and_receive(messages(grid))]
+
+    by_worker = {}
+    for told in federate(main, train, 8, engine):
+        by_worker.setdefault(told["pid"], []).append(told["value"])
+    for faults in by_worker.values():
+        assert max(faults[2:]) < 1000, "of 3,125 pages"
 
 
 def test_a_message_arrives_as_it_was_sent(engine):
