@@ -119,7 +119,7 @@ class Worker:
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what is freed for the next client: giving it back and getting it anew is a page fault each 4 KiB."""
+    """Let glibc keep what is freed for the next client: giving it back and getting it anew is a page fault a 4 KiB."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:  # not elsewhere
         mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
