@@ -39,7 +39,7 @@ pytestmark = pytest.mark.process
 WORKERS = 2
 SERVING = "ray::Worker.serve"  # what a worker that is up calls itself
 BAD = 5  # the client that faults happen to: the second of the unit of 4, 5, 6 and 7
-Fault = Callable[[], object]
+Fault = Callable[[int], object]  # of the client that it happens to
 
 
 def config(**changes: Any) -> Config:
@@ -60,7 +60,7 @@ def faulty(fault: Fault, kind: str = "train", clients: tuple[int, ...] = (BAD,),
             with log.open("a") as file:
                 file.write(f"{now} {server_round} {client}\n")
         if (now, server_round) == (kind, 2) and client in clients:
-            fault()
+            fault(client)
         return reply
 
     app.train()(functools.partial(answer, "train"))
@@ -84,11 +84,11 @@ def failures(events: list[dict[str, Any]]) -> dict[tuple[int, str], list[str]]:
     return {(event["round"], event["phase"]): event["failures"] for event in events if "failures" in event}
 
 
-def raise_() -> None:
+def raise_(client: int) -> None:
     raise ValueError("no such luck")
 
 
-def die() -> None:
+def die(client: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -265,11 +265,11 @@ def test_a_worker_killed_in_the_middle_of_a_client_costs_nothing(
     """The clients that its task had not yet answered compute again, and only these: a unit is answered as a whole."""
     log = tmp_path / "log"
 
-    def die_once() -> None:
-        died = tmp_path / f"died-{log.read_text().splitlines()[-1]}"
+    def die_once(client: int) -> None:
+        died = tmp_path / f"died-{client}"
         if not died.exists():
             died.touch()
-            die()
+            die(client)
 
     units(size)
     events = run(config(), tmp_path / "run", engine, faulty(die_once, kind, clients, log))
@@ -303,10 +303,10 @@ def test_what_a_client_started_ends_with_its_worker(tmp_path: Path, engine: Engi
     """A data loader's processes, for one."""
     started = tmp_path / "started"
 
-    def die_once() -> None:
+    def die_once(client: int) -> None:
         if not started.exists():
             started.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
-            die()
+            die(client)
 
     assert failures(run(config(), tmp_path / "run", engine, faulty(die_once))) == {}
     assert wait_until(lambda: not Path("/proc", started.read_text()).exists(), seconds=12)
@@ -324,7 +324,7 @@ def test_a_client_that_raises_gives_an_error_reply_with_its_traceback(
     @client.train()
     def train(message: Message, context: Context) -> Message:
         if context.node_config["partition-id"] == BAD:
-            raise_()
+            raise_(BAD)
         return Message(RecordDict(), reply_to=message)
 
     @server.main()
@@ -425,12 +425,12 @@ def hold_everything() -> None:
     ("hang", "size"), [(lambda: time.sleep(600), 1), (hold_everything, 4)], ids=["asleep", "holding the interpreter"]
 )
 def test_a_client_that_hangs_is_given_up_after_the_timeout(
-    tmp_path: Path, engine: Engine, units: Callable[[int], None], hang: Fault, size: int
+    tmp_path: Path, engine: Engine, units: Callable[[int], None], hang: Callable[[], object], size: int
 ) -> None:
     units(size)
     hanging = tmp_path / "hanging"
 
-    def fault() -> None:
+    def fault(client: int) -> None:
         hanging.write_text(str(os.getpid()))
         hang()
 
@@ -448,7 +448,7 @@ def test_a_client_that_hangs_is_given_up_after_the_timeout(
 # ---- memory
 
 
-def run_out_of_memory() -> None:
+def run_out_of_memory(client: int) -> None:
     """As where the memory of a process is limited."""
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
