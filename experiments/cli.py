@@ -121,8 +121,7 @@ def partition(
     settings = _config(config_file, set_, {**given, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
-    if out.suffix.lower() not in (".svg", ".png"):
-        raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
+    _check_picture(out)
     from clients.federation import federation
     from experiments import partition_view as view
     from fedwsa import files
@@ -163,8 +162,7 @@ def inspect(
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("inspect.svg"),
 ) -> None:
     """Show each layer's weight scope and how Gaussian it is: a table, and a picture of histograms."""
-    if out.suffix.lower() not in (".svg", ".png"):
-        raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
+    _check_picture(out)
     from experiments.inspection import draw_layers, layer_cells, layers_of
     from experiments.table import rich_table
     from fedwsa import files, weights
@@ -173,6 +171,46 @@ def inspect(
         layers = layers_of(weights.read(checkpoint))
         console.print(rich_table(layer_cells(layers, str(checkpoint))))
         files.replace(out, draw_layers(layers, str(checkpoint), out.suffix.lower().removeprefix(".")))
+    console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def barrier(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A model in a safetensors file, e.g. a run's.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same kind.")],
+    config_file: ConfigFile = None,
+    set_: Set = None,
+    model: Annotated[str | None, typer.Option(help="mlp, cnn, vgg8, … or package.module:factory.")] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    points: Annotated[int, typer.Option(help="Places on the line, both ends included.")] = 21,
+    train_samples: Annotated[int, typer.Option(help="Training samples to evaluate on, evenly over classes.")] = 2000,
+    align: Annotated[bool, typer.Option("--align", help="Also with B's hidden units permuted towards A's.")] = False,
+    recalibrate: Annotated[bool, typer.Option(help="Estimate BatchNorm's statistics anew at each place.")] = True,
+    out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("barrier.svg"),
+    json: Annotated[Path | None, typer.Option(help="Also write the curves to this file.")] = None,
+) -> None:
+    """Show loss and accuracy on the straight line between two models, and their barriers: a table and a picture."""
+    _check_picture(out)
+    for option, value, least in (("--points", points, 3), ("--train-samples", train_samples, 1)):
+        if value < least:
+            raise UsageError(f"{option} {value}: allowed is a whole number ≥ {least}")
+    given = {key: value for key, value in {"model": model, "data": data, "data-dir": data_dir}.items() if value}
+    settings = _config(config_file, set_, given)
+    from experiments import barrier_view as view
+    from experiments.table import rich_table
+    from fedwsa import files
+
+    with _plainly(out):
+        found = view.compare(
+            a, b, settings, points=points, train_samples=train_samples, align=align, recalibrated=recalibrate
+        )
+        console.print(rich_table(view.barrier_cells(found)))
+        files.replace(out, view.draw_curves(found, out.suffix.lower().removeprefix(".")))
+    if json is not None:
+        with _plainly(json):
+            files.replace(json, view.to_json(found))
+        console.print(f"curves: {json}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -206,6 +244,11 @@ def _value(text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     return value if isinstance(value, bool | int | float | str | list | dict) else text
+
+
+def _check_picture(out: Path) -> None:
+    if out.suffix.lower() not in (".svg", ".png"):
+        raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ PURPOSES = (  # append only: a purpose's position is part of its seed
     "shift-training",
     "shift-validation",
     "augmentation",
+    "barrier",
 )
 
 

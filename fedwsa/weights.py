@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,23 +34,30 @@ def read(path: Path, sha256: str = "") -> dict[str, Tensor]:
     return dict(sorted((model or tensors).items(), key=lambda item: _place(item[0])))
 
 
-@torch.no_grad()
 def begin(model: nn.Module, config: Config) -> None:
     """Give a model the numbers of the config's `initial-model`, in the model's own types; without one, nothing.
 
     Raises ValueError as `read` does, and where names or shapes differ.
     """
-    if not config.initial_model:
-        return
-    tensors, state = read(Path(config.initial_model), config.initial_model_sha256), model.state_dict()
-    where = f"initial-model {config.initial_model}"
+    if config.initial_model:
+        tensors = read(Path(config.initial_model), config.initial_model_sha256)
+        fill(model, config.model, tensors, f"initial-model {config.initial_model}")
+
+
+@torch.no_grad()
+def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Give a model, called `name`, the numbers of `tensors`, in the model's own types.
+
+    Raises ValueError, one line that begins with `where`, where names or shapes differ.
+    """
+    state = model.state_dict()
     if unlike := state.keys() ^ tensors.keys():
-        raise ValueError(f"{where}: tensor names differ from those of model {config.model!r}: {_some(unlike)}")
-    if unlike := {name for name in state if state[name].shape != tensors[name].shape}:
-        shapes = (f"{name} {tuple(tensors[name].shape)} instead of {tuple(state[name].shape)}" for name in unlike)
-        raise ValueError(f"{where}: shapes differ from those of model {config.model!r}: {_some(shapes)}")
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
+        raise ValueError(f"{where}: tensor names differ from those of model {name!r}: {_some(unlike)}")
+    if unlike := {key for key in state if state[key].shape != tensors[key].shape}:
+        shapes = (f"{key} {tuple(tensors[key].shape)} instead of {tuple(state[key].shape)}" for key in unlike)
+        raise ValueError(f"{where}: shapes differ from those of model {name!r}: {_some(shapes)}")
+    for key, tensor in state.items():
+        tensor.copy_(tensors[key])
 
 
 def pinned(config: Config) -> Config:

@@ -100,7 +100,7 @@ def test_version(fedwsa: Command) -> None:
 def test_help_names_the_commands(fedwsa: Command) -> None:
     outcome = fedwsa("--help")
     assert outcome.status == 0
-    assert all(f" {name} " in outcome.out for name in ("run", "partition", "report", "inspect", "version"))
+    assert all(f" {name} " in outcome.out for name in ("run", "partition", "report", "inspect", "barrier", "version"))
 
 
 @pytest.mark.usefixtures("with_report")
@@ -239,6 +239,16 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "inspect nothing": (("inspect", "none"), r"none: cannot be read: No such file or directory"),
     "inspect a folder": (("inspect", "."), r"\.: cannot be read: Is a directory"),
     "inspect as pdf": (("inspect", "none", "--out=a.pdf"), r"--out a.pdf: allowed is a name that ends in .svg or .png"),
+    "barrier of one": (("barrier", "none", "nothing"), r"none: cannot be read: No such file or directory"),
+    "barrier as pdf": (("barrier", "a", "b", "--out=a.pdf"), r"--out a.pdf: allowed is a name that ends in .*"),
+    "barrier at two": (("barrier", "a", "b", "--points=2"), r"--points 2: allowed is a whole number ≥ 3"),
+    "barrier on nothing": (
+        ("barrier", "a", "b", "--train-samples=0"),
+        r"--train-samples 0: allowed is a whole number ≥ 1",
+    ),
+    "barrier of no model": (("barrier", "a", "b", "--model=x"), r"unknown model 'x': registered are cnn, .*"),
+    "barrier on no data": (("barrier", "a", "b", "--data=x"), r"unknown data set 'x': .*"),
+    "barrier of no key": (("barrier", "a", "b", "--set=widht=2"), r"widht: unknown key; .*"),
     "unknown shift": (("run", "--set=feature-shift=x"), r"unknown feature shift 'x': registered are contrast, .*"),
     "unknown augmentation": (("run", "--set=augmentation=x"), r"unknown augmentation 'x': registered are crop-.*"),
     "size of digits": (("run", "--set=image-size=9"), r"image-size = 9: the images of digits have one size; .*"),
@@ -562,6 +572,35 @@ def test_inspect(fedwsa: Command, tmp_path: Path) -> None:
     checkpoint = fedwsa("inspect", "mine/fedavg/checkpoints/round-000002.safetensors", "--out=mine.png")
     assert [line.split() for line in checkpoint.out.splitlines() if line.startswith("layers.")] == rows
     assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_barrier(fedwsa: Command, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        fedwsa("run", *SMALL, "--strategies=fedavg", f"--seed={seed}", f"--out={name}")
+    a, b = "a/fedavg/final.safetensors", "b/fedavg/final.safetensors"
+    options = ("--points=3", "--train-samples=100")
+    outcome = fedwsa("barrier", a, b, "a/config.toml", *options, "--align", "--out=mine.png", "--json=mine.json")
+    assert (outcome.status, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.strip() for line in lines[:2]] == [f"A: {a}", f"B: {b}"]
+    assert lines[-2:] == ["curves: mine.json", "picture: mine.png"]
+    assert (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+    curves = json.loads((tmp_path / "mine.json").read_text())["curves"]
+    events = map(json.loads, (tmp_path / "a/fedavg/metrics.jsonl").read_text().splitlines())
+    final = [event["metrics"] for event in events if event["phase"] == "evaluate-server"][-1]
+    assert (curves[1]["loss"][0], curves[1]["accuracy"][0]) == pytest.approx((final["loss"], final["accuracy"]))
+    assert [line.split()[4] for line in lines if line.startswith("aligned, test accuracy")] == [
+        f"{100 * final['accuracy']:.2f}"
+    ]
+
+    assert fedwsa("barrier", a, b, *options).status == 0
+    assert (tmp_path / "barrier.svg").read_text().startswith("<svg")
+    misfit = fedwsa("barrier", a, b, *options, "--model=cnn", "--out=other.svg")
+    assert misfit.status == 2
+    (line,) = said(misfit)
+    assert line.startswith(f"{a}: tensor names differ from those of model 'cnn': conv1.bias, ")
+    assert not (tmp_path / "other.svg").exists()
 
 
 class Clock:

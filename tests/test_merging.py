@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis.strategies import floats, integers, lists
 
-from fedwsa.merging import average, np_merge, successive_np_merge
+from fedwsa.merging import average, interpolate, merge_in_stages, np_merge, successive_np_merge
 
 MERGERS = {
     "average": lambda states, loss: average(states),
+    "interpolate": lambda states, loss: interpolate(states[0], states[1], 0.5),
+    "merge_in_stages": lambda states, loss: merge_in_stages(states, lambda a, b, share: interpolate(a, b, 1 - share)),
     "np_merge": lambda states, loss: np_merge(states[0], states[1], loss).state,
     "successive_np_merge": lambda states, loss: successive_np_merge([(state, 1.0) for state in states], loss),
 }

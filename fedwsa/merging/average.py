@@ -20,7 +20,7 @@ def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | N
     if not states:
         raise ValueError("average needs at least one model, got none")
     check_alike(states)
-    shares = _shares([1.0] * len(states) if weights is None else weights, len(states))
+    shares = shares_of([1.0] * len(states) if weights is None else weights, len(states))
     return {name: _average([state[name] for state in states], shares) for name in states[0]}
 
 
@@ -41,7 +41,8 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _shares(weights: Sequence[float], count: int) -> list[float]:
+def shares_of(weights: Sequence[float], count: int) -> list[float]:
+    """Weights divided by their sum; ValueError unless there are `count`, finite, ≥ 0 and not all 0."""
     if len(weights) != count:
         raise ValueError(f"weights must be one per model: got {len(weights)} for {count} models")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
