@@ -43,13 +43,17 @@ def train_message(message: Message, context: Context) -> Message:
         torch.default_generator.manual_seed(own_seed)
         order = torch.Generator().manual_seed(own_seed)
         seen = _augmented(images, config, server_round, client)
-        loss = train(model, seen, labels, config, order, messages.unpack_alignment(settings))
+        alignment = messages.unpack_alignment(settings)
+        loss = train(model, seen, labels, config, order, alignment)
     finally:
         torch.default_generator.set_state(kept)
     keep(state, local, context, settings)
     reply = {**state, **sent}  # in the order of the state
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss})
     metrics.update(messages.pack_scope(measure(reply)))
+    if alignment and alignment.granularity != "layer":
+        scope = measure(reply, granularity=alignment.granularity)
+        metrics.update(messages.pack_scope(scope, alignment.granularity))
     return Message(RecordDict({messages.ARRAYS: pack(reply), messages.METRICS: metrics}), reply_to=message)
 
 

@@ -8,6 +8,7 @@ from torch.optim.sgd import sgd
 
 from fedwsa.config import Config
 from fedwsa.data.augmentation import Augmented
+from fedwsa.granularity import layer_of
 from fedwsa.messages import Alignment
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope
@@ -41,6 +42,8 @@ def train(
                 parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
             if regularizer:
+                if steps == 0 and alignment and alignment.share > 0:
+                    regularizer.fix_strength(alignment.share, config.learning_rate, config.momentum)
                 regularizer.add_gradient()
             _sgd_step(parameters, buffers, config)
             if regularizer:
@@ -67,13 +70,15 @@ def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRe
     parameters, target = dict(model.named_parameters()), alignment.target
     # A server sees arrays; which of them are buffers, or one weight under two names, is known here.
     others = model.state_dict().keys() - parameters.keys()
-    kept = [i for i, name in enumerate(target.names) if name not in others]
+    kept = [i for i, name in enumerate(target.names) if layer_of(name, alignment.granularity) not in others]
     return WeightScopeRegularizer(
         parameters.items(),
         WeightScope(tuple(target.names[i] for i in kept), target.means[kept], target.variances[kept]),
         strength=alignment.strength,
         mode=alignment.mode,  # type: ignore[arg-type]
         reduction=alignment.reduction,  # type: ignore[arg-type]
+        divergence=alignment.divergence,
+        granularity=alignment.granularity,
     )
 
 

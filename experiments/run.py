@@ -42,6 +42,7 @@ from fedwsa.run_folder import (
     write_atomically,
 )
 from fedwsa.simulation import open_engine, simulate
+from fedwsa.targets import init_scheme
 from strategies.server_app import make_app
 
 TRACE = "trace.json"
@@ -93,6 +94,8 @@ def check(config: Config) -> None:
         dataset = data.of_config(config)
         model = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
         weights.begin(model, config)
+        if "fedavg-wsa" in config.strategies and config.wsa.target == "init-scheme":
+            init_scheme(model, config.init)
         if "np-merge" in config.strategies and config.np_merge.align:
             try:
                 chain_permutations(model.state_dict())

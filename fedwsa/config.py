@@ -74,8 +74,34 @@ class WSAConfig(_Section):
     strength: NonNegative = 1.0  # λ
     mode: Literal["loss", "proximal"] = "loss"
     reduction: Literal["sum", "mean"] = "sum"  # over layers
-    target: Literal["fused", "initial"] = "fused"
+    divergence: Literal["forward-kl", "reverse-kl", "wasserstein"] = "forward-kl"
+    granularity: Literal["layer", "channel", "model"] = "layer"  # whose weights share a mean and a variance
+    schedule: Literal["constant", "first-k-rounds", "linear-decay", "relative"] = "constant"  # of the strength
+    schedule_rounds: Annotated[int, Field(ge=0)] = 0  # first-k-rounds: k; linear-decay: after so many it is 0
+    share: NonNegative = 0.0  # relative: the term's gradient norm as a share of the task's, at a round's first step
+    target: Literal["fused", "initial", "gaussian", "init-scheme"] = "fused"
+    target_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # gaussian
+    target_std: NonNegative = 0.0  # gaussian
+    target_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fused: share of the old target that stays
     variance: Literal["mean", "mixture", "independent", "merged"] = "mean"  # how variances are fused
+
+    def contradictions(self) -> Iterator[str]:
+        """A line for each key that needs, or means nothing with, another's value."""
+        if self.mode == "proximal" and self.divergence == "reverse-kl":
+            yield 'wsa.divergence = "reverse-kl": has no proximal map; allowed is wsa.mode = "loss", or another one'
+        for key, value, owner, owned in (
+            ("schedule-rounds", self.schedule_rounds, "schedule", ("first-k-rounds", "linear-decay")),
+            ("share", self.share, "schedule", ("relative",)),
+            ("target-std", self.target_std, "target", ("gaussian",)),
+        ):
+            chosen = getattr(self, owner)
+            if (chosen in owned) != (value > 0):
+                allowed = "> 0" if chosen in owned else "0"
+                yield f'wsa.{key} = {value:g}: allowed with wsa.{owner} = "{chosen}" is {allowed}'
+        if self.target_mean and self.target != "gaussian":
+            yield f'wsa.target-mean = {self.target_mean:g}: allowed with wsa.target = "{self.target}" is 0'
+        if self.target_momentum and self.target != "fused":
+            yield f'wsa.target-momentum = {self.target_momentum:g}: allowed with wsa.target = "{self.target}" is 0'
 
 
 class NPMergeConfig(_Section):
@@ -186,6 +212,8 @@ class Config(_Section):
         if self.partition_file and len(self.alpha) > 1:
             line = f"alpha = {_shown(self.alpha)}: with a partition-file it decides nothing; allowed is one value"
             yield {"alpha", "partition-file"}, line
+        for line in self.wsa.contradictions():
+            yield {"wsa"}, line
         if "np-merge" in self.strategies and self.server_samples == 0:
             line = "server-samples = 0: np-merge learns on the server's split; allowed with it is a whole number ≥ 1"
             yield {"server-samples", "strategies"}, line

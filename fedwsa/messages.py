@@ -5,7 +5,10 @@ A train or evaluate message holds
 * ``arrays`` (ArrayRecord): the model's state dict;
 * ``config`` (ConfigRecord): ``server-round``, ``schema-version`` and, where a strategy aligns weight scopes,
   the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
-  ``scope-mode`` and ``scope-reduction``; and ``strategy``, its name, where clients keep arrays of BatchNorm.
+  ``scope-mode`` and ``scope-reduction``, and, where they are not the default, ``scope-divergence`` (forward-kl),
+  ``scope-granularity`` (layer; the names are then those of the units, `fedwsa.granularity`) and ``scope-share`` (0; if
+  more, each client finds λ itself, `WeightScopeRegularizer.fix_strength`); and ``strategy``, its name, where clients
+  keep arrays of BatchNorm.
 
 A message of type ``evaluate.test_split``, which only a simulation sends, has ``first-sample`` and ``last-sample``
 (not included) in its ``config`` besides: the part of the test split to evaluate on, by whoever's turn it is.
@@ -13,7 +16,8 @@ A message of type ``evaluate.test_split``, which only a simulation sends, has ``
 A reply holds ``arrays`` (training only; in the order in which they came) and ``metrics`` (MetricRecord):
 ``num-examples``, the weight of the client; ``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training
 also the scope of the weights that it sends, ``scope-means`` and ``scope-variances``, one number a layer in the order of
-the layers in ``arrays``. A client that sends no scope counts for the model and not for the fusion of scopes.
+the layers in ``arrays``; and ``unit-means`` and ``unit-variances``, the same by unit, where the server asked for a
+granularity other than layers. A client that sends no scope counts for the model and not for the fusion of scopes.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -24,6 +28,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedwsa import arrays as flower_arrays
+from fedwsa.granularity import units
 from fedwsa.scope import WeightScope
 
 SCHEMA_VERSION = 1
@@ -34,6 +39,8 @@ SERVER_ROUND, VERSION, STRATEGY = "server-round", "schema-version", "strategy"
 FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"
+SCOPE_DIVERGENCE, SCOPE_GRANULARITY, SCOPE_SHARE = "scope-divergence", "scope-granularity", "scope-share"
+UNIT_MEANS, UNIT_VARIANCES = "unit-means", "unit-variances"
 
 TEST_SPLIT = "evaluate.test_split"  # the type of an evaluation that a worker does for the server
 
@@ -42,16 +49,24 @@ MAX_EXAMPLES = 10**9  # of one client; more is taken for a mistake or an attack
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Target scope and how strongly the clients train towards it."""
+    """Target scope and how strongly the clients train towards it; share > 0: each fixes its own λ by it."""
 
     target: WeightScope
     strength: float
     mode: str
     reduction: str
+    divergence: str = "forward-kl"
+    granularity: str = "layer"
+    share: float = 0.0
 
 
 def pack_alignment(alignment: Alignment) -> dict[str, Any]:
     """Entries of the train message's ConfigRecord."""
+    optional = {
+        SCOPE_DIVERGENCE: (alignment.divergence, "forward-kl"),
+        SCOPE_GRANULARITY: (alignment.granularity, "layer"),
+        SCOPE_SHARE: (alignment.share, 0.0),
+    }
     return {
         SCOPE_NAMES: list(alignment.target.names),
         SCOPE_MEANS: alignment.target.means.tolist(),
@@ -59,6 +74,7 @@ def pack_alignment(alignment: Alignment) -> dict[str, Any]:
         SCOPE_STRENGTH: alignment.strength,
         SCOPE_MODE: alignment.mode,
         SCOPE_REDUCTION: alignment.reduction,
+        **{key: value for key, (value, default) in optional.items() if value != default},
     }
 
 
@@ -76,6 +92,9 @@ def unpack_alignment(config: ConfigRecord) -> Alignment | None:
         strength=float(entries[SCOPE_STRENGTH]),
         mode=str(entries[SCOPE_MODE]),
         reduction=str(entries[SCOPE_REDUCTION]),
+        divergence=str(entries.get(SCOPE_DIVERGENCE, "forward-kl")),
+        granularity=str(entries.get(SCOPE_GRANULARITY, "layer")),
+        share=float(entries.get(SCOPE_SHARE, 0.0)),
     )
 
 
@@ -84,14 +103,29 @@ def layer_names(record: ArrayRecord) -> tuple[str, ...]:
     return tuple(name for name, array in record.items() if len(array.shape) >= 2 and array.dtype.startswith("float"))
 
 
-def pack_scope(scope: WeightScope) -> dict[str, list[float]]:
+def unit_sizes(record: ArrayRecord, granularity: str) -> dict[str, int]:
+    """Names of the units of the record's layers, in order, and how many weights each has."""
+    return units({name: record[name].shape for name in layer_names(record)}, granularity)
+
+
+def pack_scope(scope: WeightScope, granularity: str = "layer") -> dict[str, list[float]]:
     """Entries of the reply's MetricRecord."""
-    return {SCOPE_MEANS: scope.means.tolist(), SCOPE_VARIANCES: scope.variances.tolist()}
+    means, variances = _scope_keys(granularity)
+    return {means: scope.means.tolist(), variances: scope.variances.tolist()}
 
 
-def take_scope(metrics: MutableMapping[str, Any], layers: int) -> tuple[list[float], list[float]] | None:
-    """Take a reply's scope out of its metrics: means and variances of so many layers; None where it has none such."""
-    means, variances = metrics.pop(SCOPE_MEANS, None), metrics.pop(SCOPE_VARIANCES, None)
+def _scope_keys(granularity: str) -> tuple[str, str]:
+    return (SCOPE_MEANS, SCOPE_VARIANCES) if granularity == "layer" else (UNIT_MEANS, UNIT_VARIANCES)
+
+
+def take_scope(
+    metrics: MutableMapping[str, Any], layers: int, granularity: str = "layer"
+) -> tuple[list[float], list[float]] | None:
+    """Take a reply's scope out of its metrics: means and variances of so many layers, or units of another granularity.
+
+    None where it has none such.
+    """
+    means, variances = (metrics.pop(key, None) for key in _scope_keys(granularity))
     if not (isinstance(means, list) and isinstance(variances, list) and len(means) == len(variances) == layers):
         return None
     return None if any(variance < 0 for variance in variances) else (means, variances)

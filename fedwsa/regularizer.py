@@ -1,40 +1,34 @@
 """Weight scope alignment inside any PyTorch training loop, without autograd.
 
-Gradient and proximal map of the divergence are affine in a layer's weights (`fedwsa.scope`), so that a step costs two
-sums and one affine update per layer.
+Gradient and proximal map of the divergence are affine in a layer's weights (`fedwsa.divergence`), so that a step costs
+two sums and one affine update per layer (`fedwsa.aligned`).
 """
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fedwsa.scope import SMALLEST_VARIANCE, WeightScope, gradient_terms, kl_divergence, measure, moments, proximal_terms
+from fedwsa.aligned import UNITS, Held, Units
+from fedwsa.divergence import divergence_of
+from fedwsa.granularity import layer_of, units
+from fedwsa.scope import WeightScope, degenerate, divergence, gradient_coefficients, is_layer, measure
+from fedwsa.stability import Descent, stable_strength, warning
 
 _LOG = logging.getLogger("fedwsa")
 
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A layer's parameter and its target; `quick` if sums in the parameter's own dtype can be precise enough."""
-
-    name: str
-    parameter: Tensor
-    size: float  # n, a float for the formulas
-    target_mean: float
-    target_variance: float
-    largest: float  # of the parameter's dtype
-    quick: bool
+SAFE = 0.5
+"""Share of the stability bound that a relative strength may reach, since the task's curvature comes on top. Ours."""
 
 
 class WeightScopeRegularizer:
     """Pulls each layer of a model towards a target scope while it trains.
 
-    The term is λ R with R = Σ_l KL(layer l ‖ target), or the mean over the target's layers with reduction="mean".
+    The term is λ R with R = Σ_l D(layer l ‖ target), or the mean over the target's layers with reduction="mean".
     mode="loss" adds its gradient to `.grad` before the optimiser's step. mode="proximal" applies its proximal map to
     the weights after the step; it is stable for every λ, and Adam does not rescale it.
 
@@ -42,9 +36,12 @@ class WeightScopeRegularizer:
     degenerate: constant, fewer than two elements, not finite, or too narrow for its dtype, here or in the target.
     Degenerate layers are reported once to the logger "fedwsa". strength=0 changes no bit.
 
-    named_parameters: as `model.named_parameters()` gives them. target: see `fedwsa.scope.measure`. strength: λ >= 0.
-    Raises ValueError for a λ that is negative or not finite, an unknown mode or reduction, or a target layer that is
-    not a floating-point parameter.
+    named_parameters: as `model.named_parameters()` gives them. target: see `fedwsa.scope.measure`, of the same
+    granularity. strength: λ >= 0. divergence: D, see `fedwsa.divergence`; mode="proximal" has none for "reverse-kl".
+    granularity: what is said here of layers holds for "layer"s, "channel"s, or for all layers of `named_parameters` as
+    the one unit "model" (`fedwsa.granularity`).
+    Raises ValueError for a λ that is negative or not finite, an unknown mode, reduction, divergence or granularity, or
+    a target layer that is not a floating-point parameter.
 
         WeightScopeRegularizer(model.named_parameters(), target, strength=5.0).attach(optimizer)
 
@@ -59,6 +56,8 @@ class WeightScopeRegularizer:
         strength: float = 1.0,
         mode: Literal["loss", "proximal"] = "loss",
         reduction: Literal["sum", "mean"] = "sum",
+        divergence: str = "forward-kl",
+        granularity: str = "layer",
     ) -> None:
         if not 0 <= strength < math.inf:
             raise ValueError(f"strength must be >= 0 and finite, got {strength!r}")
@@ -66,39 +65,31 @@ class WeightScopeRegularizer:
             raise ValueError(f"mode must be 'loss' or 'proximal', got {mode!r}")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        parameters = {name: tensor for name, tensor in named_parameters if tensor.is_floating_point()}
-        if odd := [name for name in target.names if name not in parameters]:
-            raise ValueError(
-                f"the target must name floating-point parameters of the model, got {odd}; "
-                "measure it on dict(model.named_parameters()), which has no buffers and tied weights once"
-            )
         self.target = target
         self.mode = mode
-        self._parameters = {name: parameters[name] for name in target.names}
+        self.granularity = granularity
+        self._divergence = divergence_of(divergence, mode)
+        self._parameters = _named_by(target, dict(named_parameters), granularity)
+        self._sizes = units({name: tensor.shape for name, tensor in self._parameters.items()}, granularity)
+        self._reduction = reduction
         self._share = 1 / max(1, len(target.names)) if reduction == "mean" else 1.0
         self._strength = strength * self._share  # λ per layer
         self._reported: set[str] = set()
-        self._layers: list[_Layer] = []
-        unusable = []
-        numbers = zip(target.means.tolist(), target.variances.tolist(), strict=True)
-        for (name, parameter), (mean, variance) in zip(self._parameters.items(), numbers, strict=True):
-            if _usable(mean, variance) and parameter.numel() > 1:
-                size, largest = float(parameter.numel()), torch.finfo(parameter.dtype).max
-                quick = parameter.dtype in (torch.float32, torch.float64)
-                self._layers.append(_Layer(name, parameter, size, mean, variance, largest, quick))
-            else:
-                unusable.append(name)
-        self._report(unusable)
+        self._units: Units = UNITS[granularity](self._parameters, target, self._report)
+
+    @property
+    def strength(self) -> float:
+        """λ, as it was given or `fix_strength` has set it."""
+        return self._strength / self._share
 
     def penalty(self) -> float:
-        """R, in nats, without λ; for logs. Frozen layers count, degenerate ones count 0."""
-        scope = measure(self._parameters, lambda name, tensor: True)
-        return kl_divergence(scope, self.target).sum().item() * self._share
+        """R, without λ, in the divergence's unit; for logs. Frozen layers count, degenerate ones count 0."""
+        return divergence(self._scope(), self.target, self._divergence.name).sum().item() * self._share
 
     def add_gradient(self) -> None:
         """Loss mode: add λ ∂R/∂w to `.grad`, as the autograd of λ R would. Does nothing in proximal mode."""
         if self.mode == "loss":
-            self._add_gradient(self._layers)
+            self._add_gradient(None)
 
     def proximal_step(self, learning_rate: float, momentum: float = 0.0) -> None:
         """Proximal mode: replace the weights by the minimiser of ½‖w′ − w‖² + c R(w′), c = η λ/(1 − β).
@@ -107,103 +98,126 @@ class WeightScopeRegularizer:
         Does nothing in loss mode.
         """
         if self.mode == "proximal":
-            self._proximal_step(self._layers, learning_rate, momentum)
+            self._proximal_step(None, learning_rate, momentum)
+
+    def fix_strength(
+        self, share: float, learning_rate: float, momentum: float = 0.0, *, nesterov: bool = False
+    ) -> None:
+        """Set λ such that ‖λ ∂R/∂w‖ = share · ‖∂task/∂w‖ at this point, both over the target's layers that train.
+
+        The task's gradient is what stands in `.grad` now. λ is at most SAFE times the bound of `fedwsa.stability` for
+        SGD with this step, in either mode; where ∂R/∂w = 0, or nearly, it is that. It is 0 where there is nothing to
+        pull, or the task's gradient is not finite. Raises ValueError for a share that is negative or not finite. Ours.
+        """
+        if not 0 <= share < math.inf:
+            raise ValueError(f"share must be >= 0 and finite, got {share!r}")
+        descent = Descent(learning_rate, momentum, nesterov)
+        cap = SAFE * stable_strength(
+            self.target, self._sizes, descent, reduction=self._reduction, divergence=self._divergence.name
+        )
+        gradients = [each.grad for each in self._parameters.values() if each.requires_grad and each.grad is not None]
+        task = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
+        term = self._share * self._gradient_norm()
+        strength = min(share * task / term, cap) if term else cap
+        self._strength = self._share * strength if share and math.isfinite(task) and math.isfinite(strength) else 0.0
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Have every `optimizer.step()` do the mode's work on the layers that the optimiser holds, at their group's η.
 
         β is the group's momentum for `torch.optim.SGD` and 0 for all others. Loss mode works on the gradients that are
-        there when `step()` is called, hence not with a closure (ValueError at the step). Once per optimiser: each call
-        adds the term anew. Raises ValueError if the optimiser holds none of the target's parameters.
+        there when `step()` is called, hence after clipping, once for all that was accumulated, and not with a closure
+        (ValueError at the step); gradients that a GradScaler has scaled must be unscaled by then, as its own `step`
+        does but for optimisers with fused=True. Where loss mode under SGD is beyond the bound of `fedwsa.stability` the
+        logger "fedwsa" is told. Once per optimiser: each call adds the term anew. Raises ValueError if the optimiser
+        holds none of the target's parameters.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self._parameters and held.isdisjoint(map(id, self._parameters.values())):
             raise ValueError("the optimiser holds none of the target's parameters; is it another model's?")
         if self.mode == "loss":
+            self._warn(optimizer)
             optimizer.register_step_pre_hook(self._before_step)
         else:
             optimizer.register_step_post_hook(self._after_step)
+
+    def _warn(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.SGD):
+            return
+        for group in optimizer.param_groups:
+            held = self._held_by(group)
+            layers = {name for name, weights in self._parameters.items() if id(weights) in held}
+            whole = self.granularity == "model" and layers
+            sizes = {n: size for n, size in self._sizes.items() if whole or layer_of(n, self.granularity) in layers}
+            descent = Descent(float(group["lr"]), group["momentum"], group["nesterov"])
+            kind = self._divergence.name
+            if line := warning(
+                self.target, sizes, descent, strength=self.strength, reduction=self._reduction, divergence=kind
+            ):
+                _LOG.warning(line)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
         if any(callable(value) for value in (*args[1:], *kwargs.values())):  # args[0] is the optimiser
             raise ValueError(
                 "mode='loss' misses gradients made by a closure; use mode='proximal' or step() without one"
             )
-        for group in optimizer.param_groups:
-            self._add_gradient(self._held_by(group))
+        self._add_gradient({id(parameter) for group in optimizer.param_groups for parameter in group["params"]})
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
         heavy_ball = isinstance(optimizer, torch.optim.SGD)
+        rates: dict[tuple[float, float], set[int]] = {}
         for group in optimizer.param_groups:
-            self._proximal_step(self._held_by(group), float(group["lr"]), group["momentum"] if heavy_ball else 0.0)
+            if held := self._held_by(group):
+                rate = float(group["lr"]), float(group["momentum"]) if heavy_ball else 0.0
+                rates.setdefault(rate, set()).update(held)
+        if self.granularity == "model" and len(rates) > 1:
+            raise ValueError(
+                "granularity 'model' in mode 'proximal' needs one learning rate and momentum for all of its layers, "
+                f"got {sorted(rates)}"
+            )
+        for (learning_rate, momentum), held in rates.items():
+            self._proximal_step(held, learning_rate, momentum)
 
-    def _held_by(self, group: dict[str, Any]) -> list[_Layer]:
-        held = {id(parameter) for parameter in group["params"]}
-        return [layer for layer in self._layers if id(layer.parameter) in held]
+    def _held_by(self, group: dict[str, Any]) -> set[int]:
+        return {id(parameter) for parameter in group["params"]} & {id(each) for each in self._parameters.values()}
 
     @torch.no_grad()
-    def _add_gradient(self, layers: list[_Layer]) -> None:
-        if self._strength == 0:
+    def _add_gradient(self, held: Held) -> None:
+        strength, gradient = self._strength, self._divergence.gradient
+        if strength == 0:
             return
-        for layer, mean, variance, origin in self._scan(layers):
-            a, b = gradient_terms(mean, variance, layer.target_mean, layer.target_variance, layer.size)
-            a, b = self._strength * a, self._strength * b
-            if not self._fits(layer, a, b, mean, variance):
-                continue
-            weights = layer.parameter
-            if weights.grad is None:
-                weights.grad = torch.zeros_like(weights)
-            centred = weights - origin if origin else weights
-            weights.grad.add_(centred, alpha=b).add_(a + b * origin)
+
+        def terms(*numbers: Any) -> tuple[Any, Any]:
+            a, b = gradient(*numbers)
+            return strength * a, strength * b
+
+        self._units.add_gradient(terms, held)
 
     @torch.no_grad()
-    def _proximal_step(self, layers: list[_Layer], learning_rate: float, momentum: float) -> None:
+    def _proximal_step(self, held: Held, learning_rate: float, momentum: float) -> None:
         if not 0 <= learning_rate < math.inf:
             raise ValueError(f"learning rate must be >= 0 and finite, got {learning_rate!r}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
-        c = learning_rate * self._strength / (1 - momentum)
-        if c == 0:
+        c, proximal = learning_rate * self._strength / (1 - momentum), self._divergence.proximal
+        if c == 0 or proximal is None:
             return
-        for layer, mean, variance, origin in self._scan(layers):
-            a, b = proximal_terms(mean, variance, layer.target_mean, layer.target_variance, layer.size, c)
-            if not self._fits(layer, a, b, mean, variance):
-                continue
-            weights = layer.parameter
-            if origin:
-                weights.sub_(origin)
-            weights.mul_(b).add_(a + b * origin)
+        self._units.move(partial(proximal, c=c), held)
 
-    def _scan(self, layers: list[_Layer]) -> Iterator[tuple[_Layer, float, float, float]]:
-        """Mean and variance of each layer that is to be pulled, and the origin from which to write its affine update.
+    def _scope(self) -> WeightScope:
+        return measure(self._parameters, lambda name, tensor: True, self.granularity)
 
-        E[w²] − μ² in the weights' own dtype is quick, and precise while |μ| < σ; then the origin is 0. Other layers are
-        measured in float64, and their origin is μ in their dtype, since a + b w would cancel.
-        """
-        layers = [layer for layer in layers if layer.parameter.requires_grad]
-        if not layers:
-            return
-        flat = [layer.parameter.reshape(-1) for layer in layers]
-        # One transfer for all sums, which would each wait for an accelerator.
-        sums = torch.stack([w.sum() for w in flat] + [torch.dot(w, w) for w in flat]).tolist()
-        for layer, total, squares in zip(layers, sums[: len(layers)], sums[len(layers) :], strict=True):
-            mean, origin = total / layer.size, 0.0
-            variance = squares / layer.size - mean * mean
-            if not (layer.quick and mean * mean < variance < math.inf):
-                mean, variance = moments(layer.parameter)
-                if not _usable(mean, variance):
-                    self._report([layer.name])
-                    continue
-                origin = torch.tensor(mean, dtype=layer.parameter.dtype).item()
-            yield layer, mean, variance, origin
-
-    def _fits(self, layer: _Layer, a: float, b: float, mean: float, variance: float) -> bool:
-        """Tell whether a + b w stays finite in the layer's dtype; report the layer if not."""
-        largest_weight = abs(mean) + math.sqrt(layer.size * variance)  # no weight is further from the mean
-        if abs(a) + abs(b) * max(1.0, largest_weight) <= layer.largest:
-            return True
-        self._report([layer.name])
-        return False
+    def _gradient_norm(self) -> float:
+        """‖∂ΣD/∂w‖ over the layers that train: Σ (a + b w)² of a unit is n ((a + b μ)² + b² σ²)."""
+        scope, target = self._scope(), self.target
+        # From means of 0 on a + b μ is a, and nothing cancels.
+        centred = WeightScope(scope.names, torch.zeros_like(scope.means), scope.variances)
+        shifted = WeightScope(target.names, target.means - scope.means, target.variances)
+        sizes = torch.tensor(list(self._sizes.values()), dtype=torch.float64)
+        a, b = gradient_coefficients(centred, shifted, list(self._sizes.values()), self._divergence.name)
+        squares = sizes * (a.square() + b.square() * scope.variances)
+        frozen = {name for name, tensor in self._parameters.items() if not tensor.requires_grad}
+        still = torch.tensor([layer_of(name, self.granularity) in frozen for name in scope.names], dtype=torch.bool)
+        return math.sqrt(squares.masked_fill(still | degenerate(centred, shifted), 0).sum().item())
 
     def _report(self, names: list[str]) -> None:
         fresh = [name for name in names if name not in self._reported]
@@ -212,5 +226,23 @@ class WeightScopeRegularizer:
             _LOG.warning("weight scope: degenerate layers are left alone: %s", ", ".join(fresh))
 
 
-def _usable(mean: float, variance: float) -> bool:
-    return math.isfinite(mean) and SMALLEST_VARIANCE <= variance < math.inf
+def _named_by(target: WeightScope, parameters: dict[str, Tensor], granularity: str) -> dict[str, Tensor]:
+    """The floating-point parameters whose units the target names; ValueError if it names others, or not all of one."""
+    able = {name: tensor for name, tensor in parameters.items() if tensor.is_floating_point()}
+    if granularity == "model":
+        named = {name: tensor for name, tensor in able.items() if is_layer(name, tensor)}
+    else:
+        names = dict.fromkeys(layer_of(unit, granularity) for unit in target.names)
+        if odd := [name for name in names if name not in able]:
+            raise ValueError(
+                f"the target must name floating-point parameters of the model, got {odd}; "
+                "measure it on dict(model.named_parameters()), which has no buffers and tied weights once"
+            )
+        named = {name: able[name] for name in names}
+    if not target.names:
+        return {}
+    expected = tuple(units({name: tensor.shape for name, tensor in named.items()}, granularity))
+    if expected != target.names:
+        odd = sorted(set(expected) ^ set(target.names))[:5]
+        raise ValueError(f"the target must name the units of granularity {granularity!r} in order, odd are {odd}")
+    return named

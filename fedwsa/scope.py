@@ -1,7 +1,8 @@
 """Weight scopes: measure them, compare them, fuse them, and pull weights towards them.
 
 A layer has n weights of mean μ and population variance σ²; a subscript t marks the target. All maths is float64 on the
-CPU. The idea is arXiv 2408.12237's; the closed forms of gradient and proximal map are ours.
+CPU. The idea is arXiv 2408.12237's; the closed forms of gradient and proximal map (`fedwsa.divergence`) are ours. What
+is said of layers holds for channels or the whole model alike, where these are the units (`fedwsa.granularity`).
 """
 
 from __future__ import annotations
@@ -9,20 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from fedwsa.divergence import divergence_of, usable_mask
+from fedwsa.granularity import units
+
 LayerPredicate = Callable[[str, Tensor], bool]
 VARIANCE_FUSIONS = ("mean", "mixture", "independent", "merged")
-SMALLEST_VARIANCE = torch.finfo(torch.float64).tiny
-"""A smaller variance counts as zero, because its reciprocal would overflow."""
 
 CLOSE = 0.9
 """Share of the mean square that μ² may have where σ² is taken as the difference of the two: a digit is lost at most."""
-
-_Number = TypeVar("_Number", float, Tensor)
 
 
 def is_layer(name: str, tensor: Tensor) -> bool:
@@ -87,14 +86,50 @@ def moments(tensor: Tensor) -> tuple[float, float]:
     return (values[0] + shift).item(), (torch.dot(deviations, deviations) / n).item()
 
 
-def measure(tensors: Mapping[str, Tensor], is_layer: LayerPredicate = is_layer) -> WeightScope:
-    """Scope of the tensors that are layers, in the order of the mapping.
+def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance for each index of the first dimension, float64 [C] on the tensor's device.
+
+    As `moments`: a constant channel has variance 0 exactly, an empty one (0, 0).
+    """
+    rows = tensor.detach().to(torch.float64).reshape(len(tensor), -1)
+    if not rows.numel():
+        return rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+    deviations = rows - rows[:, :1]
+    shift = deviations.mean(1, keepdim=True)
+    return (rows[:, :1] + shift).squeeze(1), (deviations - shift).square().mean(1)
+
+
+def measure(
+    tensors: Mapping[str, Tensor], is_layer: LayerPredicate = is_layer, granularity: str = "layer"
+) -> WeightScope:
+    """Scope of the tensors that are layers, in the order of the mapping; of their channels, or of all of them as one.
 
     Give `dict(model.named_parameters())` for a model: a state dict also has buffers, and tied weights twice.
+    Raises ValueError for an unknown granularity, see `fedwsa.granularity`.
     """
-    layers = {name: moments(tensor) for name, tensor in tensors.items() if is_layer(name, tensor)}
-    table = torch.tensor(list(layers.values()), dtype=torch.float64).reshape(-1, 2)
-    return WeightScope(tuple(layers), table[:, 0].clone(), table[:, 1].clone())
+    layers = {name: tensor for name, tensor in tensors.items() if is_layer(name, tensor)}
+    names = tuple(units({name: tensor.shape for name, tensor in layers.items()}, granularity))
+    if granularity == "channel":
+        pairs = [channel_moments(tensor) for tensor in layers.values()]
+        empty = torch.empty(0, dtype=torch.float64)
+        return WeightScope(names, *(torch.cat([empty, *(each.cpu() for each in part)]) for part in _unzipped(pairs)))
+    table = torch.tensor([moments(tensor) for tensor in layers.values()], dtype=torch.float64).reshape(-1, 2)
+    means, variances = table[:, 0].clone(), table[:, 1].clone()
+    if granularity == "model" and layers:
+        sizes = torch.tensor([tensor.numel() for tensor in layers.values()], dtype=torch.float64)
+        means, variances = pooled(means, variances, sizes)
+    return WeightScope(names, means, variances)
+
+
+def _unzipped(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [one for one, _ in pairs], [other for _, other in pairs]
+
+
+def pooled(means: Tensor, variances: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance, each [1], of the weights of L layers with so many weights each, put together."""
+    shares = sizes / sizes.sum().clamp(min=1)
+    mean = (shares * means).sum(0, keepdim=True)
+    return mean, (shares * (variances + (means - mean).square())).sum(0, keepdim=True)
 
 
 def check_same_layers(scope: WeightScope | Scopes, target: WeightScope | Scopes) -> None:
@@ -110,11 +145,16 @@ def check_same_layers(scope: WeightScope | Scopes, target: WeightScope | Scopes)
 def degenerate(scope: WeightScope, target: WeightScope) -> Tensor:
     """Layers without a usable Gaussian on either side: σ = 0, as a single weight has, or not finite. Bool [L]."""
     check_same_layers(scope, target)
-    return ~(_usable(scope.means, scope.variances) & _usable(target.means, target.variances))
+    return ~(usable_mask(scope.means, scope.variances) & usable_mask(target.means, target.variances))
 
 
-def _usable(means: Tensor, variances: Tensor) -> Tensor:
-    return means.isfinite() & variances.isfinite() & (variances >= SMALLEST_VARIANCE)
+def divergence(scope: WeightScope, target: WeightScope, kind: str = "forward-kl") -> Tensor:
+    """Divergence per layer, zero iff equal, 0 if degenerate. Shape [L].
+
+    kind: forward-kl, reverse-kl (nats) or wasserstein (squared weights), see `fedwsa.divergence`; else ValueError.
+    """
+    check_same_layers(scope, target)
+    return _divergence(scope.means, scope.variances, target, kind)
 
 
 def kl_divergence(scope: WeightScope, target: WeightScope) -> Tensor:
@@ -122,16 +162,13 @@ def kl_divergence(scope: WeightScope, target: WeightScope) -> Tensor:
 
     ln(σ_t/σ) + (σ² + (μ − μ_t)²)/(2σ_t²) − 1/2
     """
-    check_same_layers(scope, target)
-    return _kl(scope.means, scope.variances, target)
+    return divergence(scope, target)
 
 
-def _kl(means: Tensor, variances: Tensor, target: WeightScope) -> Tensor:
-    """`kl_divergence` for scopes [L] or several at once, [K, L]."""
-    usable = _usable(means, variances) & _usable(target.means, target.variances)
-    ratio = variances / target.variances
-    shift = (means - target.means).square() / target.variances
-    return (0.5 * (ratio - 1 - ratio.log() + shift)).masked_fill(~usable, 0)
+def _divergence(means: Tensor, variances: Tensor, target: WeightScope, kind: str = "forward-kl") -> Tensor:
+    """`divergence` for scopes [L] or several at once, [K, L]."""
+    usable = usable_mask(means, variances) & usable_mask(target.means, target.variances)
+    return divergence_of(kind).value(means, variances, target.means, target.variances).masked_fill(~usable, 0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,7 +235,7 @@ def scope_distance(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[flo
     shares = _shares(scopes, weights)
     every = scopes if isinstance(scopes, Scopes) else Scopes.of(scopes)
     check_same_layers(every, fused)
-    return (shares * _kl(every.means, every.variances, fused)).sum(0)
+    return (shares * _divergence(every.means, every.variances, fused)).sum(0)
 
 
 def _shares(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[float]) -> Tensor:
@@ -214,28 +251,51 @@ def _shares(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[float]) ->
     return (shares / shares.sum()).unsqueeze(1)
 
 
-def gradient_coefficients(scope: WeightScope, target: WeightScope, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Coefficients (a, b), each [L], of the gradient of the divergence: ∂KL/∂w_i = a + b w_i; (0, 0) if degenerate.
+def moving_average(old: WeightScope, new: WeightScope, momentum: float) -> WeightScope:
+    """m old + (1 − m) new, of means and of variances; a layer that is not finite in `old` is taken from `new`. Ours.
 
-    b = (1/σ_t² − 1/σ²)/n, a = (μ − μ_t)/(n σ_t²) − μ b. sizes: n per layer.
+    momentum: 0 <= m < 1; 0 gives `new` itself. Raises ValueError for another m, or unlike layers.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum of the target must be in [0, 1), got {momentum!r}")
+    check_same_layers(old, new)
+    if momentum == 0:
+        return new
+    kept = old.means.isfinite() & old.variances.isfinite()
+    means, variances = (
+        torch.where(kept, momentum * before + (1 - momentum) * after, after)
+        for before, after in ((old.means, new.means), (old.variances, new.variances))
+    )
+    return WeightScope(new.names, means, variances)
+
+
+def gradient_coefficients(
+    scope: WeightScope, target: WeightScope, sizes: Sequence[int], kind: str = "forward-kl"
+) -> tuple[Tensor, Tensor]:
+    """Coefficients (a, b), each [L], of the gradient of the divergence: ∂D/∂w_i = a + b w_i; (0, 0) if degenerate.
+
+    Forward KL: b = (1/σ_t² − 1/σ²)/n, a = (μ − μ_t)/(n σ_t²) − μ b. sizes: n per layer. kind: as for `divergence`.
     """
     left_out = degenerate(scope, target)
-    a, b = gradient_terms(scope.means, scope.variances, target.means, target.variances, _sizes(scope, sizes))
+    gradient = divergence_of(kind).gradient
+    a, b = gradient(scope.means, scope.variances, target.means, target.variances, _sizes(scope, sizes))
     return a.masked_fill(left_out, 0), b.masked_fill(left_out, 0)
 
 
 def proximal_coefficients(
-    scope: WeightScope, target: WeightScope, sizes: Sequence[int], c: float
+    scope: WeightScope, target: WeightScope, sizes: Sequence[int], c: float, kind: str = "forward-kl"
 ) -> tuple[Tensor, Tensor]:
-    """Coefficients (a, b), each [L], of the proximal map: w′ = a + b w minimises ½‖w′ − w‖² + c KL(w′ ‖ target).
+    """Coefficients (a, b), each [L], of the proximal map: w′ = a + b w minimises ½‖w′ − w‖² + c D(w′ ‖ target).
 
-    w′ = μ′ + (w − μ) σ′/σ with μ′ = (μ + r μ_t)/(1 + r), r = c/(n σ_t²), and σ′ the positive root of
-    (n + c/σ_t²) σ′² − n σ σ′ − c = 0. (0, 1) if degenerate. sizes: n per layer. Raises ValueError unless 0 <= c < ∞.
+    (0, 1) if degenerate. sizes: n per layer. kind: as for `divergence`; reverse-kl has no such map.
+    Raises ValueError unless 0 <= c < ∞, or for such a kind.
     """
     if not 0 <= c < math.inf:
         raise ValueError(f"c must be >= 0 and finite, got {c!r}")
     left_out = degenerate(scope, target)
-    a, b = proximal_terms(scope.means, scope.variances, target.means, target.variances, _sizes(scope, sizes), c)
+    proximal = divergence_of(kind, "proximal").proximal
+    assert proximal is not None
+    a, b = proximal(scope.means, scope.variances, target.means, target.variances, _sizes(scope, sizes), c)
     return a.masked_fill(left_out, 0), b.masked_fill(left_out, 1)
 
 
@@ -243,27 +303,3 @@ def _sizes(scope: WeightScope, sizes: Sequence[int]) -> Tensor:
     if len(sizes) != len(scope.names):
         raise ValueError(f"one size per layer is needed, got {len(sizes)} for {len(scope.names)} layers")
     return torch.tensor(sizes, dtype=torch.float64)
-
-
-def gradient_terms(
-    mean: _Number, variance: _Number, target_mean: _Number, target_variance: _Number, size: _Number
-) -> tuple[_Number, _Number]:
-    """`gradient_coefficients` without its checks, for numbers or for vectors."""
-    b = (1 / target_variance - 1 / variance) / size
-    a = (mean - target_mean) / (size * target_variance) - mean * b
-    return a, b
-
-
-def proximal_terms(
-    mean: _Number, variance: _Number, target_mean: _Number, target_variance: _Number, size: _Number, c: float
-) -> tuple[_Number, _Number]:
-    """`proximal_coefficients` without its checks, for numbers or for vectors."""
-    # In shares keep + pull = 1 nothing cancels or overflows, however large c is:
-    # μ′ = μ + pull (μ_t − μ) and σ′² − keep σ σ′ − pull σ_t² = 0.
-    total = size * target_variance + c
-    keep, pull = size * target_variance / total, c / total
-    std = variance**0.5
-    half = 0.5 * keep * std
-    b = (half + (half * half + pull * target_variance) ** 0.5) / std
-    a = mean + pull * (target_mean - mean) - mean * b
-    return a, b

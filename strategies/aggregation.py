@@ -188,17 +188,21 @@ class MeanMetrics:
 
 
 class ScopeStatistics:
-    """The weight scopes of a round's clients: fused, and how far the clients lie from the fusion."""
+    """The weight scopes of a round's clients: fused, and how far the clients lie from the fusion.
 
-    def __init__(self) -> None:
+    By layer, or by the units of another granularity, of which replies have a scope besides.
+    """
+
+    def __init__(self, granularity: str = "layer") -> None:
+        self.granularity = granularity
         self.layers: list[tuple[str, ...]] = []  # of each client, like the other two
         self.numbers: list[tuple[list[float], list[float]]] = []  # means and variances
         self.weights: list[float] = []
 
     def take(self, arrays: ArrayRecord, metrics: MetricRecord) -> None:
         """Take a reply's scope out of its metrics; a reply without one counts for nothing here."""
-        layers = messages.layer_names(arrays)
-        if numbers := messages.take_scope(metrics, len(layers)):
+        layers = tuple(messages.unit_sizes(arrays, self.granularity))
+        if numbers := messages.take_scope(metrics, len(layers), self.granularity):
             self.layers.append(layers)
             self.numbers.append(numbers)
             self.weights.append(weight_of(metrics))

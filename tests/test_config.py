@@ -195,6 +195,24 @@ def test_wrong_value(key: str, value: Any, line: str | None) -> None:
             {"initial-model-sha256": "0" * 64},
             "initial-model-sha256: without an initial-model it means nothing; allowed is empty",
         ),
+        (
+            {"wsa": {"mode": "proximal", "divergence": "reverse-kl"}},
+            'wsa.divergence = "reverse-kl": has no proximal map; allowed is wsa.mode = "loss", or another one',
+        ),
+        (
+            {"wsa": {"schedule": "first-k-rounds"}},
+            'wsa.schedule-rounds = 0: allowed with wsa.schedule = "first-k-rounds" is > 0',
+        ),
+        ({"wsa": {"schedule-rounds": 3}}, 'wsa.schedule-rounds = 3: allowed with wsa.schedule = "constant" is 0'),
+        ({"wsa": {"schedule": "relative"}}, 'wsa.share = 0: allowed with wsa.schedule = "relative" is > 0'),
+        ({"wsa": {"share": 0.1}}, 'wsa.share = 0.1: allowed with wsa.schedule = "constant" is 0'),
+        ({"wsa": {"target": "gaussian"}}, 'wsa.target-std = 0: allowed with wsa.target = "gaussian" is > 0'),
+        ({"wsa": {"target-std": 0.1}}, 'wsa.target-std = 0.1: allowed with wsa.target = "fused" is 0'),
+        ({"wsa": {"target-mean": 0.1}}, 'wsa.target-mean = 0.1: allowed with wsa.target = "fused" is 0'),
+        (
+            {"wsa": {"target-momentum": 0.5, "target": "initial"}},
+            'wsa.target-momentum = 0.5: allowed with wsa.target = "initial" is 0',
+        ),
         ({"seed": [1, 1]}, "seed = [1, 1]: allowed are values that differ from each other"),
         (
             {"strategies": ["fedavg", "fedavg"]},
@@ -217,6 +235,10 @@ def test_impossible_together(values: dict[str, Any], line: str) -> None:
         {"validation-fraction": 0, "evaluation-cohort": 0},
         {"min-size": 1, "evaluation-cohort": 0},
         {"cohort": 20, "evaluation-cohort": 20},
+        {"wsa": {"schedule": "linear-decay", "schedule-rounds": 3, "divergence": "reverse-kl"}},
+        {"wsa": {"schedule": "relative", "share": 0.1, "mode": "proximal", "divergence": "wasserstein"}},
+        {"wsa": {"target": "gaussian", "target-std": 0.1, "target-mean": -0.1, "granularity": "channel"}},
+        {"wsa": {"target-momentum": 0.5, "granularity": "model"}},
     ],
 )
 def test_possible_together(values: dict[str, Any]) -> None:
@@ -245,7 +267,9 @@ def test_unknown_key_of_a_section() -> None:
         "allowed are np-merge.steps, np-merge.learning-rate, np-merge.batch-size, np-merge.align"
     ]
     assert problems(wsa={"zzzz": 1}) == [
-        "wsa.zzzz: unknown key; allowed are wsa.strength, wsa.mode, wsa.reduction, wsa.target, wsa.variance"
+        "wsa.zzzz: unknown key; allowed are wsa.strength, wsa.mode, wsa.reduction, wsa.divergence, wsa.granularity, "
+        "wsa.schedule, wsa.schedule-rounds, wsa.share, wsa.target, wsa.target-mean, wsa.target-std, "
+        "wsa.target-momentum, wsa.variance"
     ]
 
 

@@ -40,9 +40,12 @@ def over_the_wire(record):
     strength=st.floats(0, 1e6),
     mode=st.sampled_from(["loss", "proximal"]),
     reduction=st.sampled_from(["sum", "mean"]),
+    divergence=st.sampled_from(["forward-kl", "wasserstein"]),
+    granularity=st.sampled_from(["layer", "channel"]),
+    share=st.sampled_from([0.0, 0.1]),
 )
-def test_alignment_comes_back_bit_for_bit(scope, strength, mode, reduction):
-    sent = Alignment(scope, strength, mode, reduction)
+def test_alignment_comes_back_bit_for_bit(scope, strength, mode, reduction, divergence, granularity, share):
+    sent = Alignment(scope, strength, mode, reduction, divergence, granularity, share)
     config = over_the_wire(ConfigRecord({"server-round": 1, **messages.pack_alignment(sent)}))
     assert messages.unpack_alignment(config) == sent
 
@@ -78,6 +81,24 @@ def test_what_is_no_scope_of_these_layers_is_taken_out_all_the_same(entries):
     metrics = MetricRecord({"num-examples": 1, **entries})
     assert messages.take_scope(metrics, 2) is None
     assert dict(metrics) == {"num-examples": 1}
+
+
+@given(scope=scopes())
+def test_scope_of_units_stands_beside_that_of_layers(scope):
+    layers = WeightScope(("a",), torch.ones(1).double(), torch.ones(1).double())
+    packed = {**messages.pack_scope(layers), **messages.pack_scope(scope, "channel")}
+    metrics = over_the_wire(MetricRecord(packed))
+    assert messages.take_scope(metrics, len(scope.names), "channel") == (scope.means.tolist(), scope.variances.tolist())
+    assert messages.take_scope(metrics, 1) == ([1.0], [1.0])
+    assert not metrics
+
+
+def test_units_on_the_wire_are_the_units_that_are_measured():
+    state = {"z.weight": torch.ones(2, 3), "bias": torch.ones(3), "conv": torch.ones(2, 1, 3, 3)}
+    for granularity in ("layer", "channel", "model"):
+        found = messages.unit_sizes(pack(state), granularity)
+        assert tuple(found) == measure(state, granularity=granularity).names
+        assert sum(found.values()) == 6 + 18
 
 
 def test_scope_of_whole_numbers_is_a_scope():

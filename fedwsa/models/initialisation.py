@@ -1,5 +1,6 @@
 """Named schemes for the initial weights, from which the weight scopes start."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -46,3 +47,31 @@ def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return module.in_proj_weight, module.in_proj_bias
     return None
+
+
+def initial_std(module: nn.Module, weight: Tensor, scheme: str = "default") -> float | None:
+    """Standard deviation with which a scheme draws a module's weight, by its shape alone; see `initialise`.
+
+    "default" is PyTorch's: linear layers and convolutions uniform in ±1/√fan_in, attention's joint input projection
+    xavier-uniform, embeddings N(0, 1) whatever the scheme. orthogonal: the root mean square.
+    None for a weight whose initialiser is not known. Raises ValueError for a scheme that is not there.
+    """
+    if scheme != "default" and scheme not in SCHEMES:
+        raise ValueError(f"unknown init {scheme!r}: allowed are default, {', '.join(SCHEMES)}")
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return 1.0
+    known = _weight_and_bias(module)
+    if known is None or known[0] is not weight:
+        return None
+    outputs, inputs = weight.shape[:2]
+    field = math.prod(weight.shape[2:])
+    fan_in, fan_out = inputs * field, outputs * field
+    if scheme == "default":
+        scheme = "xavier" if isinstance(module, nn.MultiheadAttention) else "pytorch"
+    if scheme.startswith("kaiming"):
+        return math.sqrt(2 / fan_in)
+    if scheme.startswith("xavier"):
+        return math.sqrt(2 / (fan_in + fan_out))
+    if scheme == "orthogonal":
+        return 1 / math.sqrt(max(outputs, fan_in))
+    return 1 / math.sqrt(3 * fan_in)
