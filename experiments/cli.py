@@ -78,10 +78,10 @@ def run(
         "engine": engine,
         "out-dir": out,
     }
-    given = {key: value for key, value in options.items() if value is not None}
+    given = any(value is not None for value in options.values())
     if resume is not None and (config_file or set_ or given):
         raise config.ConfigError("--resume takes the config of the run folder; it goes with no other option")
-    settings = _config(config_file, set_, given) if resume is None else None
+    settings = _config(config_file, set_, options) if resume is None else None
     from experiments import run as job  # PyTorch and Flower, over a second: not needed for help or a wrong key
 
     try:
@@ -117,11 +117,10 @@ def partition(
         "seed": seed,
         "num-clients": num_clients,
     }
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    settings = _config(config_file, set_, {**given, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
+    settings = _config(config_file, set_, {**options, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
-    _check_picture(out)
+    _picture_format(out)  # an error before the work
     from clients.federation import federation
     from experiments import partition_view as view
     from fedwsa import files
@@ -162,7 +161,7 @@ def inspect(
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("inspect.svg"),
 ) -> None:
     """Show each layer's weight scope and how Gaussian it is: a table, and a picture of histograms."""
-    _check_picture(out)
+    form = _picture_format(out)
     from experiments.inspection import draw_layers, layer_cells, layers_of
     from experiments.table import rich_table
     from fedwsa import files, weights
@@ -170,7 +169,7 @@ def inspect(
     with _plainly(out):
         layers = layers_of(weights.read(checkpoint))
         console.print(rich_table(layer_cells(layers, str(checkpoint))))
-        files.replace(out, draw_layers(layers, str(checkpoint), out.suffix.lower().removeprefix(".")))
+        files.replace(out, draw_layers(layers, str(checkpoint), form))
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -191,12 +190,11 @@ def barrier(
     json: Annotated[Path | None, typer.Option(help="Also write the curves to this file.")] = None,
 ) -> None:
     """Show loss and accuracy on the straight line between two models, and their barriers: a table and a picture."""
-    _check_picture(out)
+    form = _picture_format(out)
     for option, value, least in (("--points", points, 3), ("--train-samples", train_samples, 1)):
         if value < least:
             raise UsageError(f"{option} {value}: allowed is a whole number ≥ {least}")
-    given = {key: value for key, value in {"model": model, "data": data, "data-dir": data_dir}.items() if value}
-    settings = _config(config_file, set_, given)
+    settings = _config(config_file, set_, {"model": model, "data": data, "data-dir": data_dir})
     from experiments import barrier_view as view
     from experiments.table import rich_table
     from fedwsa import files
@@ -206,7 +204,7 @@ def barrier(
             a, b, settings, points=points, train_samples=train_samples, align=align, recalibrated=recalibrate
         )
         console.print(rich_table(view.barrier_cells(found)))
-        files.replace(out, view.draw_curves(found, out.suffix.lower().removeprefix(".")))
+        files.replace(out, view.draw_curves(found, form))
     if json is not None:
         with _plainly(json):
             files.replace(json, view.to_json(found))
@@ -225,7 +223,7 @@ def version() -> None:
 
 
 def _config(file: Path | None, assignments: list[str] | None, options: dict[str, Any]) -> config.Config:
-    """Defaults, then the file, then --set, then the options of their own."""
+    """Defaults, then the file, then --set, then the options of their own; those that are None were not given."""
     values = config.read(file) if file else {}
     for assignment in assignments or []:
         key, equals, text = assignment.partition("=")
@@ -233,7 +231,8 @@ def _config(file: Path | None, assignments: list[str] | None, options: dict[str,
             raise config.ConfigError(f"--set {assignment}: allowed is key=value")
         config.assign(values, key.strip(), _value(text.strip()))
     for key, value in options.items():
-        config.assign(values, key, value)
+        if value is not None:
+            config.assign(values, key, value)
     return config.parse(values)
 
 
@@ -246,9 +245,12 @@ def _value(text: str) -> Any:
     return value if isinstance(value, bool | int | float | str | list | dict) else text
 
 
-def _check_picture(out: Path) -> None:
-    if out.suffix.lower() not in (".svg", ".png"):
+def _picture_format(out: Path) -> str:
+    """ "svg" or "png", as the name says."""
+    form = out.suffix.lower().removeprefix(".")
+    if form not in ("svg", "png"):
         raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
+    return form
 
 
 @contextmanager

@@ -108,7 +108,9 @@ def measure(
     Raises ValueError for an unknown granularity, see `fedwsa.granularity`.
     """
     layers = {name: tensor for name, tensor in tensors.items() if is_layer(name, tensor)}
-    names = tuple(units({name: tensor.shape for name, tensor in layers.items()}, granularity))
+    names = tuple(layers)  # of the units too, unless there are others
+    if granularity != "layer":
+        names = tuple(units({name: tensor.shape for name, tensor in layers.items()}, granularity))
     if granularity == "channel":
         pairs = [channel_moments(tensor) for tensor in layers.values()]
         empty = torch.empty(0, dtype=torch.float64)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.io import savemat
 
-from fedwsa.data import idx
+from fedwsa.data import Dataset, idx
 
 TRAIN, TEST = 60, 20  # samples
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images [N, C, H, W] and labels
@@ -24,13 +24,26 @@ def splits(channels: int, side: int, classes: int = 10) -> tuple[Split, Split]:
     return (train, np.arange(TRAIN) % classes), (test, np.arange(TEST) % classes)
 
 
+def assert_is(data: Dataset, expected: tuple[Split, Split]) -> None:
+    """The data set holds these two splits."""
+    (train_images, train_labels), (test_images, test_labels) = expected
+    np.testing.assert_array_equal(data.train_images, train_images)
+    np.testing.assert_array_equal(data.train_labels, train_labels)
+    np.testing.assert_array_equal(data.test_images, test_images)
+    np.testing.assert_array_equal(data.test_labels, test_labels)
+
+
+def idx_bytes(array: NDArray[np.uint8]) -> bytes:
+    """A file of MNIST's format."""
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
 def write_idx(folder: Path) -> tuple[Split, Split]:
     """The four files of MNIST and Fashion-MNIST."""
     train, test = splits(1, 28)
     arrays = (train[0][:, 0], train[1].astype(np.uint8), test[0][:, 0], test[1].astype(np.uint8))
     for name, array in zip(idx.FILES, arrays, strict=True):
-        header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
-        (folder / name).write_bytes(header + array.tobytes())
+        (folder / name).write_bytes(idx_bytes(array))
     return train, test
 
 

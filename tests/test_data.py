@@ -1,7 +1,6 @@
 import gzip
 import hashlib
 import inspect
-import struct
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from originals import idx_bytes
 
 from fedwsa.data import DATASETS, DataError, Dataset, digits, fashion_mnist, idx, load, server_split
 from fedwsa.data.dataset import channel_statistics
@@ -282,10 +282,6 @@ def test_the_split_of_digits_never_changes():
 # ---- fashion-mnist
 
 
-def idx_bytes(array):
-    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
-
-
 def contents():
     rng = np.random.default_rng(0)
     train, test = rng.integers(0, 256, (30, 6, 5), np.uint8), rng.integers(0, 256, (20, 6, 5), np.uint8)
@@ -306,28 +302,19 @@ def nothing_installed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("folder", [".", "FashionMNIST/raw"])
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("fashion-mnist", "."), ("fashion-mnist", "FashionMNIST/raw"), ("mnist", "."), ("mnist", "MNIST/raw")],
+)
 @pytest.mark.usefixtures("nothing_installed")
-def test_fashion_mnist_is_read_plain_or_gzipped_from_either_layout(tmp_path, folder, suffix):
+def test_the_four_files_are_read_plain_or_gzipped_from_either_layout(tmp_path, name, folder, suffix):
     files = contents()
     write(tmp_path / folder, files, suffix)
-    data = load("fashion-mnist", tmp_path)
+    data = load(name, tmp_path)
     splits = (data.train_images[:, 0], data.train_labels, data.test_images[:, 0], data.test_labels)
-    for read, name in zip(splits, idx.FILES, strict=True):
-        np.testing.assert_array_equal(read, files[name])
-    assert (data.input_shape, data.num_classes, data.scale) == ((1, 6, 5), 10, 255.0)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("folder", [".", "MNIST/raw"])
-def test_mnist_is_read_plain_or_gzipped_from_either_layout(tmp_path, folder, suffix):
-    files = contents()
-    write(tmp_path / folder, files, suffix)
-    data = load("mnist", tmp_path)
-    splits = (data.train_images[:, 0], data.train_labels, data.test_images[:, 0], data.test_labels)
-    for read, name in zip(splits, idx.FILES, strict=True):
-        np.testing.assert_array_equal(read, files[name])
-    assert (data.name, data.input_shape, data.num_classes, data.scale) == ("mnist", (1, 6, 5), 10, 255.0)
+    for read, file in zip(splits, idx.FILES, strict=True):
+        np.testing.assert_array_equal(read, files[file])
+    assert (data.name, data.input_shape, data.num_classes, data.scale) == (name, (1, 6, 5), 10, 255.0)
 
 
 def test_missing_mnist_says_what_is_missing_where(tmp_path):

@@ -8,22 +8,14 @@ import sys
 
 import numpy as np
 import pytest
-from originals import WRITERS, python_2_pickle, splits, write_cifar10, write_cub_200, write_image, write_svhn
+from originals import WRITERS, assert_is, python_2_pickle, splits, write_cifar10, write_cub_200, write_image, write_svhn
 from PIL import Image
 from scipy.io import savemat
 from torchvision.transforms import functional
 
 from experiments import cli
-from fedwsa.data import DATASETS, DataError, Dataset, cifar, load
+from fedwsa.data import DATASETS, DataError, cifar, load
 from fedwsa.data.images import fit
-
-
-def assert_is(data: Dataset, expected) -> None:
-    (train_images, train_labels), (test_images, test_labels) = expected
-    np.testing.assert_array_equal(data.train_images, train_images)
-    np.testing.assert_array_equal(data.train_labels, train_labels)
-    np.testing.assert_array_equal(data.test_images, test_images)
-    np.testing.assert_array_equal(data.test_labels, test_labels)
 
 
 def complaint(name, folder, **options) -> str:

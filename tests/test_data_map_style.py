@@ -3,19 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from originals import write_idx
+from originals import assert_is, write_idx
 from PIL import Image
 from torch.utils.data import TensorDataset
 
 from fedwsa.data import DataError, Dataset, load
-
-
-def assert_is(data: Dataset, expected) -> None:
-    (train_images, train_labels), (test_images, test_labels) = expected
-    np.testing.assert_array_equal(data.train_images, train_images)
-    np.testing.assert_array_equal(data.train_labels, train_labels)
-    np.testing.assert_array_equal(data.test_images, test_images)
-    np.testing.assert_array_equal(data.test_labels, test_labels)
 
 
 def torchvisions(data_dir):

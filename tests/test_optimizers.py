@@ -1,10 +1,11 @@
 """The regulariser in plain PyTorch loops: every optimiser, mixed precision, clipping, accumulation."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
-from test_regularizer import NETWORK_TARGET, assert_same_weights, network, penalty_of, task_loss
+from test_regularizer import NETWORK_TARGET, assert_same_weights, network, penalty_of, task_loss, train_both
 from torch import nn
 
 from fedwsa.regularizer import WeightScopeRegularizer
@@ -31,16 +32,7 @@ def test_the_common_ones_are_among_them():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_loss_mode_is_training_on_the_penalised_loss(name):
-    reference, aligned = network(), network()
-    reference_optimizer, optimizer = optimizer_of(name, reference), optimizer_of(name, aligned)
-    WeightScopeRegularizer(aligned.named_parameters(), NETWORK_TARGET, strength=0.7).attach(optimizer)
-    for _ in range(4):
-        reference_optimizer.zero_grad()
-        (task_loss(reference) + 0.7 * penalty_of(reference)).backward()
-        reference_optimizer.step()
-        optimizer.zero_grad()
-        task_loss(aligned).backward()
-        optimizer.step()
+    reference, aligned = train_both(partial(optimizer_of, name), steps=4)
     tolerance = 1e-2 if name in MATRICES_ONLY else 1e-7  # Muon computes in bfloat16
     assert_same_weights(aligned, reference, tolerance)
     assert not torch.equal(aligned[0].weight, network()[0].weight)

@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,6 +59,21 @@ def penalty_of(model: nn.Module) -> Tensor:
 def groups(model: nn.Sequential) -> list[dict[str, object]]:
     """The two layers' parameters at different learning rates."""
     return [{"params": model[0].parameters(), "lr": 0.03}, {"params": model[3].parameters(), "lr": 0.2}]
+
+
+def train_both(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int) -> tuple[nn.Module, nn.Module]:
+    """Two networks: trained on the penalised loss by autograd, and on the task's with the term attached, λ = 0.7."""
+    reference, aligned = network(), network()
+    reference_optimizer, optimizer = make(reference), make(aligned)
+    WeightScopeRegularizer(aligned.named_parameters(), NETWORK_TARGET, strength=0.7).attach(optimizer)
+    for _ in range(steps):
+        reference_optimizer.zero_grad()
+        (task_loss(reference) + 0.7 * penalty_of(reference)).backward()
+        reference_optimizer.step()
+        optimizer.zero_grad()
+        task_loss(aligned).backward()
+        optimizer.step()
+    return reference, aligned
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module, tolerance: float) -> None:
@@ -339,16 +355,7 @@ MOMENTUM = {"sgd": 0.9, "nesterov": 0.5, "adam": 0.0}
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_attached_loss_mode_is_training_on_the_penalised_loss(kind):
-    reference, aligned = network(), network()
-    reference_optimizer, optimizer = OPTIMIZERS[kind](reference), OPTIMIZERS[kind](aligned)
-    WeightScopeRegularizer(aligned.named_parameters(), NETWORK_TARGET, strength=0.7).attach(optimizer)
-    for _ in range(6):
-        reference_optimizer.zero_grad()
-        (task_loss(reference) + 0.7 * penalty_of(reference)).backward()
-        reference_optimizer.step()
-        optimizer.zero_grad()
-        task_loss(aligned).backward()
-        optimizer.step()
+    reference, aligned = train_both(OPTIMIZERS[kind], steps=6)
     assert_same_weights(aligned, reference, 1e-10)
     assert (aligned[0].weight - network()[0].weight).abs().max() > 0.01
 

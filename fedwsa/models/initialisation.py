@@ -29,8 +29,7 @@ def initialise(model: nn.Module, scheme: str, seed: int) -> None:
     scheme: one of SCHEMES. seed: decides the numbers, and nothing else does.
     Raises ValueError for a scheme that is not there, or a model without any such layer.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown init {scheme!r}: allowed are default, {', '.join(SCHEMES)}")
+    _check(scheme)
     generator = torch.Generator().manual_seed(seed)
     layers = [pair for module in model.modules() if (pair := _weight_and_bias(module))]
     if not layers:
@@ -39,6 +38,11 @@ def initialise(model: nn.Module, scheme: str, seed: int) -> None:
         SCHEMES[scheme](weight, generator=generator)
         if bias is not None:
             nn.init.zeros_(bias)
+
+
+def _check(scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown init {scheme!r}: allowed are default, {', '.join(SCHEMES)}")
 
 
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -56,8 +60,8 @@ def initial_std(module: nn.Module, weight: Tensor, scheme: str = "default") -> f
     xavier-uniform, embeddings N(0, 1) whatever the scheme. orthogonal: the root mean square.
     None for a weight whose initialiser is not known. Raises ValueError for a scheme that is not there.
     """
-    if scheme != "default" and scheme not in SCHEMES:
-        raise ValueError(f"unknown init {scheme!r}: allowed are default, {', '.join(SCHEMES)}")
+    if scheme != "default":
+        _check(scheme)
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return 1.0
     known = _weight_and_bias(module)
