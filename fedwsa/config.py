@@ -162,7 +162,7 @@ class Config(_Section):
     rounds: Annotated[int, Field(ge=1)] = 30
     cohort: Annotated[int, Field(ge=1)] = 10
     evaluation_cohort: Annotated[int, Field(ge=0)] = 10  # clients that evaluate the model; 0: none
-    evaluate_every: Annotated[int, Field(ge=1)] = 1  # rounds
+    evaluate_every: Annotated[int, Field(ge=1)] = 1  # rounds; by clients and by the server, and after the last round
     local_epochs: Annotated[int, Field(ge=1)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 32
     learning_rate: Positive = 0.05

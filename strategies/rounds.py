@@ -61,8 +61,8 @@ class Rounds:
         for server_round in range(last_round + 1, self.config.rounds + 1):
             tracing.mark("round")
             arrays = self._train(server_round, arrays)
-            self._evaluate_clients(server_round, arrays)
             if server_round % self.config.evaluate_every == 0 or server_round == self.config.rounds:
+                self._evaluate_clients(server_round, arrays)
                 self._record({"round": server_round, **self.evaluate(arrays)})
             if server_round % self.config.checkpoint_every == 0:
                 states = pack_states(self.grid.states) if isinstance(self.grid, SimulationGrid) else {}

@@ -1,0 +1,1 @@
+"""The first results of weight scope alignment: PLAN.md was written before they were made, RESULTS.md says what came."""
