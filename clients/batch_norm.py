@@ -9,17 +9,16 @@ What is kept lies in Flower's `Context.state`. In its place a client sends what 
 every array and the average of these stays what it is, the initial model's, for good.
 """
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any, cast
+from collections.abc import Mapping
 
-from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.app import ConfigRecord, Context
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedwsa import messages
-from fedwsa.arrays import load, pack
+from clients.memory import recall, remember
+from fedwsa.arrays import load
 
-KEPT = "batch-norm"  # in Context.state, with the strategy's name behind it
+KEPT = "batch-norm"
 
 
 def local_names(model: nn.Module, policy: str) -> list[str]:
@@ -40,18 +39,12 @@ def put_back(state: Mapping[str, Tensor], names: list[str], context: Context, se
 
     state: of the model, as the server sent it. Raises ValueError naming what differs, where it is of another model.
     """
-    kept = context.state.get(_key(settings))
+    kept = recall(context, settings, KEPT)
     if names and kept is not None:
-        load({name: state[name] for name in names}, cast(ArrayRecord, kept))
+        load({name: state[name] for name in names}, kept)
 
 
 def keep(state: Mapping[str, Tensor], names: list[str], context: Context, settings: ConfigRecord) -> None:
     """Remember the client's own arrays; their memory is handed over."""
     if names:
-        cast(MutableMapping[str, Any], context.state)[_key(settings)] = pack({name: state[name] for name in names})
-
-
-def _key(settings: ConfigRecord) -> str:
-    """Real clients keep their state while one strategy follows another."""
-    strategy = str(settings.get(messages.STRATEGY, ""))
-    return f"{KEPT} {strategy}".rstrip()
+        remember(context, settings, KEPT, {name: state[name] for name in names})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clients.batch_norm import keep, local_names, put_back
 from clients.federation import FederatedData, federation
+from clients.objectives import Task, asked_for
 from clients.training import train
 from fedwsa import messages, models
 from fedwsa.arrays import fill, pack
@@ -44,17 +45,20 @@ def train_message(message: Message, context: Context) -> Message:
         order = torch.Generator().manual_seed(own_seed)
         seen = _augmented(images, config, server_round, client)
         alignment = messages.unpack_alignment(settings)
-        loss = train(model, seen, labels, config, order, alignment)
+        objective = asked_for(Task(model, _shared(model, local), message, context, config))
+        training = train(model, seen, labels, config, order, alignment, objective)
     finally:
         torch.default_generator.set_state(kept)
     keep(state, local, context, settings)
     reply = {**state, **sent}  # in the order of the state
-    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss})
+    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: training.loss})
     metrics.update(messages.pack_scope(measure(reply)))
     if alignment and alignment.granularity != "layer":
         scope = measure(reply, granularity=alignment.granularity)
         metrics.update(messages.pack_scope(scope, alignment.granularity))
-    return Message(RecordDict({messages.ARRAYS: pack(reply), messages.METRICS: metrics}), reply_to=message)
+    content = RecordDict({messages.ARRAYS: pack(reply), messages.METRICS: metrics})
+    objective.finish(content, training.steps)
+    return Message(content, reply_to=message)
 
 
 @app.evaluate()
@@ -116,6 +120,12 @@ def _model_with(message: Message, config: Config, holdings: FederatedData) -> tu
     """The module with the numbers that the message brings, and its state dict, whose memory is nobody else's."""
     model = _model(config, holdings.dataset.input_shape, holdings.dataset.num_classes, _device(config))
     return model, fill(model, messages.arrays_of(message))
+
+
+def _shared(model: nn.Module, local: list[str]) -> dict[str, Tensor]:
+    """The parameters that train, but for those that stay with the client."""
+    own = set(local)
+    return {name: each for name, each in model.named_parameters() if each.requires_grad and name not in own}
 
 
 def _augmented(images: Tensor, config: Config, server_round: int, client: int) -> Tensor | Augmented:

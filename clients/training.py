@@ -1,17 +1,28 @@
 """Local training: the loop that every objective shares."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.sgd import sgd
 
+from clients.objectives import Objective
+from clients.optimizers import step_of
 from fedwsa.config import Config
 from fedwsa.data.augmentation import Augmented
 from fedwsa.granularity import layer_of
 from fedwsa.messages import Alignment
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Mean task loss over all steps, nats a sample, and how many steps there were."""
+
+    loss: float
+    steps: int
 
 
 def train(
@@ -21,36 +32,50 @@ def train(
     config: Config,
     generator: torch.Generator,
     alignment: Alignment | None = None,
-) -> float:
-    """SGD in place for `local-epochs`; returns the mean task loss over all steps, nats a sample.
+    objective: Objective | None = None,
+) -> Training:
+    """Train in place for `local-epochs`, with a fresh optimiser.
 
     images: [N, C, H, W] float32, maybe `Augmented`, labels: [N] int64, N ≥ 1, on the model's device. Each epoch is a
-    new permutation from `generator`; for its last batch see `_batches`. Momentum buffers start at zero at each call.
-    The functional form of PyTorch's SGD is used: building a `torch.optim.Optimizer` imports its compiler, a second.
+    new permutation from `generator`; for its last batch see `_batches`. Without an objective it is the task's loss.
+    `clip-norm` bounds the norm of the task's gradient; what the objective and the alignment add comes after.
     """
     if not model.training:  # it goes through all modules
         model.train()
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    buffers: list[Tensor | None] = [None] * len(parameters)
+    step, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
     regularizer = _regularizer(model, alignment)
     total, steps = torch.zeros((), device=labels.device), 0
     for _ in range(config.local_epochs):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for batch in _batches(order, config.batch_size, model):
-            loss = F.cross_entropy(model(images[batch]), labels[batch])
-            for parameter in parameters:
-                parameter.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = _gradient(model, parameters, images[batch], labels[batch], objective)
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            if objective:
+                objective.add_gradient()
             if regularizer:
                 if steps == 0 and alignment and alignment.share > 0:
-                    regularizer.fix_strength(alignment.share, config.learning_rate, config.momentum)
+                    regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
                 regularizer.add_gradient()
-            _sgd_step(parameters, buffers, config)
+            step()
             if regularizer:
-                regularizer.proximal_step(config.learning_rate, config.momentum)
-            total += loss.detach()
+                regularizer.proximal_step(config.learning_rate, momentum)
+            total += loss
             steps += 1
-    return float(total) / steps
+    return Training(float(total) / steps, steps)
+
+
+def _gradient(
+    model: nn.Module, parameters: list[Tensor], images: Tensor, labels: Tensor, objective: Objective | None
+) -> Tensor:
+    """The batch's task loss; `.grad` is then its gradient, with that of the objective's penalty."""
+    loss = F.cross_entropy(model(images), labels)
+    penalty = objective.penalty(images) if objective else None
+    for parameter in parameters:
+        parameter.grad = None
+    (loss if penalty is None else loss + penalty).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def _batches(order: Tensor, size: int, model: nn.Module) -> tuple[Tensor, ...]:
@@ -80,27 +105,3 @@ def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRe
         divergence=alignment.divergence,
         granularity=alignment.granularity,
     )
-
-
-@torch.no_grad()
-def _sgd_step(parameters: list[Tensor], buffers: list[Tensor | None], config: Config) -> None:
-    used = [(i, parameter, parameter.grad) for i, parameter in enumerate(parameters) if parameter.grad is not None]
-    weights, gradients = [weight for _, weight, _ in used], [gradient for _, _, gradient in used]
-    if config.momentum == 0 and config.weight_decay == 0:  # what PyTorch's would do too, without its overhead
-        torch._foreach_add_(weights, gradients, alpha=-config.learning_rate)
-        return
-    momenta: list[Tensor | None] = [buffers[i] for i, _, _ in used]
-    sgd(
-        weights,
-        gradients,
-        momenta,
-        foreach=True,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        lr=config.learning_rate,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-    )
-    for (i, _, _), momentum in zip(used, momenta, strict=True):
-        buffers[i] = momentum

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 import strategies
+from clients import optimizers
 from clients.client_app import app as client_app
 from clients.federation import federation
 from experiments import profile as profile_view
@@ -94,9 +95,12 @@ def check(config: Config) -> None:
         dataset = data.of_config(config)
         model = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
         weights.begin(model, config)
-        if "fedavg-wsa" in config.strategies and config.wsa.target == "init-scheme":
+        if (
+            any(name.endswith(configuration.ALIGNED) for name in config.strategies)
+            and config.wsa.target == "init-scheme"
+        ):
             init_scheme(model, config.init)
-        if "np-merge" in config.strategies and config.np_merge.align:
+        if config.uses("np-merge") and config.np_merge.align:
             try:
                 chain_permutations(model.state_dict())
             except ValueError as error:
@@ -110,7 +114,8 @@ def check(config: Config) -> None:
             )
 
     needed: list[Callable[[], object]] = [
-        *(partial(lookup, strategies.STRATEGIES, name, "strategy") for name in config.strategies),
+        *(partial(strategies.find, name) for name in config.strategies),
+        partial(optimizers.options_of, config),
         partial(lookup, models.MODELS, config.model, "model"),
         *([partial(lookup, AUGMENTATIONS, config.augmentation, "augmentation")] if config.augmentation else []),
         build_model,

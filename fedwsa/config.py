@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedwsa.errors import UsageError
+from fedwsa.sections import FedProxConfig, NonNegative, NPMergeConfig, Positive, Section, WSAConfig
 
 
 class ConfigError(UsageError):
@@ -49,71 +50,15 @@ def _as_tuple(value: Any) -> Any:
     return tuple(_as_list(value))
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ALIGNED = "-wsa"  # behind any strategy's name: with weight scope alignment around it
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Initialisation = Literal[
     "default", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform", "orthogonal"
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        alias_generator=lambda name: name.replace("_", "-"),
-        validate_by_name=True,
-        validate_by_alias=True,
-    )
-
-
-class WSAConfig(_Section):
-    """Weight scope alignment (DESIGN of the method: `fedwsa.scope`)."""
-
-    strength: NonNegative = 1.0  # λ
-    mode: Literal["loss", "proximal"] = "loss"
-    reduction: Literal["sum", "mean"] = "sum"  # over layers
-    divergence: Literal["forward-kl", "reverse-kl", "wasserstein"] = "forward-kl"
-    granularity: Literal["layer", "channel", "model"] = "layer"  # whose weights share a mean and a variance
-    schedule: Literal["constant", "first-k-rounds", "linear-decay", "relative"] = "constant"  # of the strength
-    schedule_rounds: Annotated[int, Field(ge=0)] = 0  # first-k-rounds: k; linear-decay: after so many it is 0
-    share: NonNegative = 0.0  # relative: the term's gradient norm as a share of the task's, at a round's first step
-    target: Literal["fused", "initial", "gaussian", "init-scheme"] = "fused"
-    target_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # gaussian
-    target_std: NonNegative = 0.0  # gaussian
-    target_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fused: share of the old target that stays
-    variance: Literal["mean", "mixture", "independent", "merged"] = "mean"  # how variances are fused
-
-    def contradictions(self) -> Iterator[str]:
-        """A line for each key that needs, or means nothing with, another's value."""
-        if self.mode == "proximal" and self.divergence == "reverse-kl":
-            yield 'wsa.divergence = "reverse-kl": has no proximal map; allowed is wsa.mode = "loss", or another one'
-        for key, value, owner, owned in (
-            ("schedule-rounds", self.schedule_rounds, "schedule", ("first-k-rounds", "linear-decay")),
-            ("share", self.share, "schedule", ("relative",)),
-            ("target-std", self.target_std, "target", ("gaussian",)),
-        ):
-            chosen = getattr(self, owner)
-            if (chosen in owned) != (value > 0):
-                allowed = "> 0" if chosen in owned else "0"
-                yield f'wsa.{key} = {value:g}: allowed with wsa.{owner} = "{chosen}" is {allowed}'
-        if self.target_mean and self.target != "gaussian":
-            yield f'wsa.target-mean = {self.target_mean:g}: allowed with wsa.target = "{self.target}" is 0'
-        if self.target_momentum and self.target != "fused":
-            yield f'wsa.target-momentum = {self.target_momentum:g}: allowed with wsa.target = "{self.target}" is 0'
-
-
-class NPMergeConfig(_Section):
-    """Learning of the coefficients of NP-Merge on the server's held-out split."""
-
-    steps: Annotated[int, Field(ge=0)] = 20  # a pair of models
-    learning_rate: Positive = 0.1
-    batch_size: Annotated[int, Field(ge=1)] = 100
-    align: bool = True  # permute hidden units first
-
-
-class Config(_Section):
+class Config(Section):
     """Everything that decides a run. Sizes are counts of samples or clients, times are seconds."""
 
     name: Annotated[
@@ -165,14 +110,17 @@ class Config(_Section):
     evaluate_every: Annotated[int, Field(ge=1)] = 1  # rounds; by clients and by the server, and after the last round
     local_epochs: Annotated[int, Field(ge=1)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 32
+    optimizer: str = "sgd"  # of the clients: sgd, adam, adamw, … of torch.optim; its state begins anew each round
     learning_rate: Positive = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 0.0  # of the task's gradient at a client's step, all parameters together; 0: no clipping
     augmentation: str = ""  # of training images, anew at each step: flip, crop-flip; empty: none
     target_accuracy: Annotated[float, Field(gt=0, le=1)] = 0.8
 
     wsa: WSAConfig = WSAConfig()
     np_merge: NPMergeConfig = NPMergeConfig()
+    fedprox: FedProxConfig = FedProxConfig()
 
     engine: Literal["ray", "inprocess"] = "ray"
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: one a core
@@ -214,7 +162,7 @@ class Config(_Section):
             yield {"alpha", "partition-file"}, line
         for line in self.wsa.contradictions():
             yield {"wsa"}, line
-        if "np-merge" in self.strategies and self.server_samples == 0:
+        if self.uses("np-merge") and self.server_samples == 0:
             line = "server-samples = 0: np-merge learns on the server's split; allowed with it is a whole number ≥ 1"
             yield {"server-samples", "strategies"}, line
         if self.evaluation_cohort and self.validation_fraction == 0:
@@ -232,6 +180,10 @@ class Config(_Section):
                 how = " in their first six digits" if key == "alpha" else ""
                 shown = _shown(getattr(self, key))
                 yield {key}, f"{key} = {shown}: allowed are values that differ from each other{how}"
+
+    def uses(self, strategy: str) -> bool:
+        """Whether a strategy is among those to run, by itself or aligned."""
+        return any(name.removesuffix(ALIGNED) == strategy for name in self.strategies)
 
     def federations(self) -> list["Config"]:
         """One config for each (α, seed), in this order: all seeds of the first α, then of the next."""

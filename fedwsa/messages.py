@@ -7,13 +7,16 @@ A train or evaluate message holds
   the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
   ``scope-mode`` and ``scope-reduction``, and, where they are not the default, ``scope-divergence`` (forward-kl),
   ``scope-granularity`` (layer; the names are then those of the units, `fedwsa.granularity`) and ``scope-share`` (0; if
-  more, each client finds λ itself, `WeightScopeRegularizer.fix_strength`); and ``strategy``, its name, where clients
-  keep arrays of BatchNorm.
+  more, each client finds λ itself, `WeightScopeRegularizer.fix_strength`); ``strategy``, its name, by which clients
+  tell what they keep for it; and ``objective``, what clients minimise besides the task's loss (`clients.objectives`),
+  with its numbers (``proximal-mu``);
+* further ArrayRecords where the strategy has such.
 
 A message of type ``evaluate.test_split``, which only a simulation sends, has ``first-sample`` and ``last-sample``
 (not included) in its ``config`` besides: the part of the test split to evaluate on, by whoever's turn it is.
 
-A reply holds ``arrays`` (training only; in the order in which they came) and ``metrics`` (MetricRecord):
+A reply holds the ArrayRecords that its message held (training only; in the order in which they came) and ``metrics``
+(MetricRecord):
 ``num-examples``, the weight of the client; ``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training
 also the scope of the weights that it sends, ``scope-means`` and ``scope-variances``, one number a layer in the order of
 the layers in ``arrays``; and ``unit-means`` and ``unit-variances``, the same by unit, where the server asked for a
@@ -36,6 +39,7 @@ SCHEMA_VERSION = 1
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SERVER_ROUND, VERSION, STRATEGY = "server-round", "schema-version", "strategy"
+OBJECTIVE, PROXIMAL_MU = "objective", "proximal-mu"  # the latter is Flower's name
 FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"

@@ -1,7 +1,7 @@
 """FedAvg, streaming. McMahan et al., arXiv 1602.05629, algorithm 1."""
 
 from collections.abc import Iterable
-from typing import Self
+from typing import Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -14,6 +14,16 @@ from fedwsa.simulation.folding import Fold, MakeFold, fold
 from strategies.aggregation import MeanFold, MeanMetrics, weight_of
 from strategies.holdout import Holdout
 from strategies.sampling import broadcast, draw, each
+
+
+def cohorts(config: Config) -> dict[str, Any]:
+    """What every strategy of ours takes from a run's config."""
+    return {
+        "cohort": config.cohort,
+        "evaluation_cohort": config.evaluation_cohort,
+        "seed": config.seed[0],
+        "timeout": config.timeout,
+    }
 
 
 class FedAvg(Strategy):
@@ -35,9 +45,7 @@ class FedAvg(Strategy):
     @classmethod
     def from_config(cls, config: Config, holdout: Holdout) -> Self:
         """As a run's config says; the server's held-out samples are not used."""
-        return cls(
-            config.cohort, seed=config.seed[0], evaluation_cohort=config.evaluation_cohort, timeout=config.timeout
-        )
+        return cls(**cohorts(config))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

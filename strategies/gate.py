@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
@@ -23,7 +23,8 @@ from fedwsa.simulation.folding import Fold, MakeFold
 from fedwsa.simulation.sending import Replies
 from strategies.sampling import each
 
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type of every array of the model
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type of every array of a record
+Layouts = Mapping[str, Layout]  # of every record of arrays in a message: the model's, and what a strategy adds
 
 
 class NoUsableReplyError(RunError):
@@ -43,13 +44,13 @@ class Passage:
     bytes_up: int = 0  # logical payload of all that was received
     failures: list[tuple[int, str]] = field(default_factory=list)  # node id, and why
 
-    def check(self, reply: Message, server_round: int, layout: Layout | None) -> bool:
-        """Whether a reply may pass. layout: of the model that it has to carry, if any."""
+    def check(self, reply: Message, server_round: int, layouts: Layouts | None) -> bool:
+        """Whether a reply may pass. layouts: of the arrays that it has to carry, if any."""
         self.received += 1
         if reply.has_content():
             with suppress(Exception):  # whatever a client calls a type; the check will say so
                 self.bytes_up += messages.payload_bytes(reply.content)
-        fault = _fault(reply, server_round, layout)
+        fault = _fault(reply, server_round, layouts)
         if fault is None:
             self.usable += 1
         else:
@@ -67,8 +68,9 @@ class Passage:
 class Gate(Strategy):
     """Any strategy, shielded from replies that would poison or end its run; wrap it outermost.
 
-    A reply passes if it answers this round's message, carries one model with the names (in their order), shapes and
-    types that were sent and finite numbers, and one metric record with finite values and 0 < num-examples ≤ 10⁹.
+    A reply passes if it answers this round's message, carries the records of arrays that were sent (the model and what
+    the strategy adds to it) with the same names in their order, shapes and types and with finite numbers, and one
+    metric record with finite values and 0 < num-examples ≤ 10⁹.
     Others are left out; `failures` says why, one line each, for the phase that ended last.
 
     min_replies: usable replies that a training round needs; with fewer it is a NoUsableReplyError.
@@ -86,14 +88,16 @@ class Gate(Strategy):
         self.passage = Passage()
         self.sent: list[Metadata] = []
         self.bytes_down = 0
-        self._layout: Layout = {}
+        self._layouts: Layouts = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """What the wrapped strategy sends, marked with the round."""
-        self._layout = {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
-        return self._marked(server_round, self.strategy.configure_train(server_round, arrays, config, grid))
+        marked = self._marked(server_round, self.strategy.configure_train(server_round, arrays, config, grid))
+        sent = {messages.ARRAYS: arrays, **(marked[0].content if marked else {})}
+        self._layouts = {key: _layout(record) for key, record in sent.items() if isinstance(record, ArrayRecord)}
+        return marked
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -111,7 +115,7 @@ class Gate(Strategy):
         """Parts of what `conclude_train` takes, where the wrapped strategy has such: workers check the replies then."""
         inner = getattr(self.strategy, "folding", None)
         make = inner() if inner else None
-        return partial(_GatedFold, make, server_round, self._layout) if make else None
+        return partial(_GatedFold, make, server_round, self._layouts) if make else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of all replies."""
@@ -151,7 +155,7 @@ class Gate(Strategy):
         return self.passage.usable
 
     def _typed(self, arrays: ArrayRecord) -> ArrayRecord:
-        for name, (_, dtype) in self._layout.items():
+        for name, (_, dtype) in self._layouts[messages.ARRAYS].items():
             if name in arrays and arrays[name].dtype != dtype:
                 arrays[name] = NumpyArray(as_type(view(arrays[name]), dtype))
         return arrays
@@ -178,7 +182,7 @@ class Gate(Strategy):
         passed: list[MetricRecord] = []
         asked = {sent.message_id: sent.dst_node_id for sent in self.sent}
         for reply in each(replies):
-            if passage.check(reply, server_round, self._layout if training else None):
+            if passage.check(reply, server_round, self._layouts if training else None):
                 passed.append(messages.metrics_of(reply))
                 yield reply
             else:  # Flower gives its own node id to the error reply in place of a node that died
@@ -207,17 +211,17 @@ class Gate(Strategy):
 class _GatedFold:
     """What passed the gate, and the wrapped strategy's part of the replies that did."""
 
-    def __init__(self, make: MakeFold, server_round: int, layout: Layout) -> None:
+    def __init__(self, make: MakeFold, server_round: int, layouts: Layouts) -> None:
         self.passage, self.inner = Passage(), make()
         self._server_round: int = server_round
-        self._layout: Layout | None = layout
+        self._layouts: Layouts = layouts
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the layout: a part that travels has its reply already."""
+        """Without the layouts: a part that travels has its reply already."""
         return {"passage": self.passage, "inner": self.inner}
 
     def add(self, reply: Message) -> None:
-        if self.passage.check(reply, self._server_round, self._layout):
+        if self.passage.check(reply, self._server_round, self._layouts):
             self.inner.add(reply)
 
     def merge(self, later: Self) -> None:
@@ -234,28 +238,33 @@ def _keep_common(records: list[MetricRecord]) -> None:
             del record[key]
 
 
-def _fault(reply: Message, server_round: int, layout: Layout | None) -> str | None:
-    """Why a reply cannot be used, or None. layout: shape and type by name, for a reply that carries a model."""
+def _layout(arrays: ArrayRecord) -> Layout:
+    return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
+
+
+def _fault(reply: Message, server_round: int, layouts: Layouts | None) -> str | None:
+    """Why a reply cannot be used, or None. layouts: of the arrays that it has to carry, if any."""
     if reply.has_error():
         lines = (reply.error.reason or "").strip().splitlines()
         return f"error {reply.error.code}: {lines[-1] if lines else 'no reason given'}"
     if reply.metadata.group_id != str(server_round):
         return f"answers round {reply.metadata.group_id!r}, not {server_round}"
-    if fault := _kinds_fault(reply.content, MetricRecord, messages.METRICS, "metric"):
+    if fault := _kinds_fault(reply.content, MetricRecord, [messages.METRICS], "metric"):
         return fault
     if fault := _metrics_fault(messages.metrics_of(reply)):
         return fault
-    if layout is None:
+    if layouts is None:
         return None
-    if fault := _kinds_fault(reply.content, ArrayRecord, messages.ARRAYS, "array"):
+    if fault := _kinds_fault(reply.content, ArrayRecord, list(layouts), "array"):
         return fault
-    return _arrays_fault(messages.arrays_of(reply), layout)
+    records = ((cast(ArrayRecord, reply.content[key]), layout) for key, layout in layouts.items())
+    return next(filter(None, (_arrays_fault(record, layout) for record, layout in records)), None)
 
 
-def _kinds_fault(content: RecordDict, kind: type, key: str, name: str) -> str | None:
-    """There must be one record of a kind, under its own key."""
-    found = [own for own, record in content.items() if isinstance(record, kind)]
-    return None if found == [key] else f"{name} records are {sorted(found)}, not [{key!r}]"
+def _kinds_fault(content: RecordDict, kind: type, keys: list[str], name: str) -> str | None:
+    """There must be these records of a kind and no others."""
+    found = sorted(own for own, record in content.items() if isinstance(record, kind))
+    return None if found == sorted(keys) else f"{name} records are {found}, not {sorted(keys)}"
 
 
 def _metrics_fault(metrics: MetricRecord) -> str | None:

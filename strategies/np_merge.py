@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fedwsa import messages
 from fedwsa.arrays import pack, unpack
-from fedwsa.config import Config, NPMergeConfig
+from fedwsa.config import Config
 from fedwsa.merging import successive_np_merge
+from fedwsa.sections import NPMergeConfig
 from fedwsa.seeding import torch_generator, torch_seed
 from strategies.aggregation import MeanMetrics, ScopeStatistics, weight_of
 from strategies.fedavg import FedAvg

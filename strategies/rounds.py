@@ -100,7 +100,7 @@ class Rounds:
 
     def _settings(self) -> ConfigRecord:
         """What every message says besides; real clients tell by it whether what they keep is of this strategy."""
-        return ConfigRecord({messages.STRATEGY: self.name} if self.config.batch_norm != "aggregate" else {})
+        return ConfigRecord({messages.STRATEGY: self.name})
 
     def _replies(self, outgoing: Iterable[Message]) -> Iterable[Message]:
         return self.grid.send_and_receive(outgoing, timeout=self.config.timeout)

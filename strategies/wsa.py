@@ -127,7 +127,7 @@ class WeightScopeAlignment(Strategy):
             target=target,
             target_momentum=wsa.target_momentum,
             variance=wsa.variance,
-            descent=Descent(config.learning_rate, config.momentum),
+            descent=Descent(config.learning_rate, config.momentum) if config.optimizer == "sgd" else None,
         )
 
     def strength_of(self, server_round: int) -> float:

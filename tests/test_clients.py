@@ -136,7 +136,7 @@ def test_reply_is_the_training_of_the_message_s_model(seed):
     model = models.build("mlp", *DIGITS, seed=7)
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.training[3])
-    loss = train(model, images, labels, config, torch_generator(seed, "client", 5, 3), alignment)
+    loss = train(model, images, labels, config, torch_generator(seed, "client", 5, 3), alignment).loss
     assert bits(state) == bits(model.state_dict())
     assert metrics["loss"] == loss
     assert bits(state) != bits(ask(config, 3, 5, start=initial_model(7))[0])
@@ -172,7 +172,7 @@ def test_training_is_sgd_of_pytorch(momentum, weight_decay, mode):
     config = tiny(local_epochs=3, batch_size=16, learning_rate=0.1, momentum=momentum, weight_decay=weight_decay)
     ours, theirs = (models.build("mlp", *DIGITS, seed=0) for _ in range(2))
     alignment = alignment_towards(0.7, ours.state_dict(), strength=3.0, mode=mode) if mode else None
-    loss = train(ours, images, labels, config, torch_generator(4, "client"), alignment)
+    training = train(ours, images, labels, config, torch_generator(4, "client"), alignment)
 
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     if alignment:
@@ -187,8 +187,8 @@ def test_training_is_sgd_of_pytorch(momentum, weight_decay, mode):
             task_loss.backward()
             optimizer.step()
             losses.append(task_loss.item())
-    assert len(losses) == 12
-    assert loss == pytest.approx(np.mean(losses), rel=1e-6)  # the task's alone
+    assert len(losses) == training.steps == 12
+    assert training.loss == pytest.approx(np.mean(losses), rel=1e-6)  # the task's alone
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-7, msg=name)
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedwsa import config
-from fedwsa.config import Config, ConfigError, NPMergeConfig, WSAConfig
+from fedwsa.config import Config, ConfigError
+from fedwsa.sections import NPMergeConfig, WSAConfig
 
 POSITIVE = st.floats(0, allow_nan=False, allow_infinity=False, exclude_min=True)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)

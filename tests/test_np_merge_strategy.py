@@ -29,8 +29,9 @@ import strategies
 from clients.federation import federation
 from fedwsa import models
 from fedwsa.arrays import pack
-from fedwsa.config import Config, NPMergeConfig
+from fedwsa.config import Config
 from fedwsa.merging import align
+from fedwsa.sections import NPMergeConfig
 from strategies import FedAvg, Holdout, NPMerge
 
 WEIGHTS = (3, 10, 7, 1)

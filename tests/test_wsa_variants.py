@@ -79,7 +79,7 @@ def test_constant_is_the_same_in_every_round(tmp_path):
 def test_first_k_rounds_then_none(tmp_path):
     seen = run_wsa(tmp_path, strength=0.25, schedule="first-k-rounds", **{"schedule-rounds": 2})
     assert strengths(seen) == {1: 0.25, 2: 0.25, 3: 0.0}
-    assert all(message.config.keys() == {"server-round", "schema-version"} for message in seen[6:])
+    assert all(message.config.keys() == {"server-round", "schema-version", "strategy"} for message in seen[6:])
 
 
 def test_linear_decay_by_hand(tmp_path):
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused(options, message):
 
 
 def test_only_what_is_not_the_default_is_said(tmp_path):
-    usual = {"server-round", "schema-version", "scope-names", "scope-means", "scope-variances"}
+    usual = {"server-round", "schema-version", "strategy", "scope-names", "scope-means", "scope-variances"}
     usual |= {"scope-strength", "scope-mode", "scope-reduction"}
     assert all(message.config.keys() == usual for message in run_wsa(tmp_path / "a", rounds=1))
     seen = run_wsa(

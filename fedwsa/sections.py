@@ -1,0 +1,73 @@
+"""Sections of a run's configuration: what belongs to one method, each key with its meaning, range and default."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Keys with hyphens, no others than those named, values of exactly their types; not changed once made."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        alias_generator=lambda name: name.replace("_", "-"),
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+class WSAConfig(Section):
+    """Weight scope alignment (DESIGN of the method: `fedwsa.scope`)."""
+
+    strength: NonNegative = 1.0  # λ
+    mode: Literal["loss", "proximal"] = "loss"
+    reduction: Literal["sum", "mean"] = "sum"  # over layers
+    divergence: Literal["forward-kl", "reverse-kl", "wasserstein"] = "forward-kl"
+    granularity: Literal["layer", "channel", "model"] = "layer"  # whose weights share a mean and a variance
+    schedule: Literal["constant", "first-k-rounds", "linear-decay", "relative"] = "constant"  # of the strength
+    schedule_rounds: Annotated[int, Field(ge=0)] = 0  # first-k-rounds: k; linear-decay: after so many it is 0
+    share: NonNegative = 0.0  # relative: the term's gradient norm as a share of the task's, at a round's first step
+    target: Literal["fused", "initial", "gaussian", "init-scheme"] = "fused"
+    target_mean: Annotated[float, Field(allow_inf_nan=False)] = 0.0  # gaussian
+    target_std: NonNegative = 0.0  # gaussian
+    target_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # fused: share of the old target that stays
+    variance: Literal["mean", "mixture", "independent", "merged"] = "mean"  # how variances are fused
+
+    def contradictions(self) -> Iterator[str]:
+        """A line for each key that needs, or means nothing with, another's value."""
+        if self.mode == "proximal" and self.divergence == "reverse-kl":
+            yield 'wsa.divergence = "reverse-kl": has no proximal map; allowed is wsa.mode = "loss", or another one'
+        for key, value, owner, owned in (
+            ("schedule-rounds", self.schedule_rounds, "schedule", ("first-k-rounds", "linear-decay")),
+            ("share", self.share, "schedule", ("relative",)),
+            ("target-std", self.target_std, "target", ("gaussian",)),
+        ):
+            chosen = getattr(self, owner)
+            if (chosen in owned) != (value > 0):
+                allowed = "> 0" if chosen in owned else "0"
+                yield f'wsa.{key} = {value:g}: allowed with wsa.{owner} = "{chosen}" is {allowed}'
+        if self.target_mean and self.target != "gaussian":
+            yield f'wsa.target-mean = {self.target_mean:g}: allowed with wsa.target = "{self.target}" is 0'
+        if self.target_momentum and self.target != "fused":
+            yield f'wsa.target-momentum = {self.target_momentum:g}: allowed with wsa.target = "{self.target}" is 0'
+
+
+class NPMergeConfig(Section):
+    """Learning of the coefficients of NP-Merge on the server's held-out split."""
+
+    steps: Annotated[int, Field(ge=0)] = 20  # a pair of models
+    learning_rate: Positive = 0.1
+    batch_size: Annotated[int, Field(ge=1)] = 100
+    align: bool = True  # permute hidden units first
+
+
+class FedProxConfig(Section):
+    """FedProx."""
+
+    mu: NonNegative = 0.01  # μ of the proximal term; the paper tries 0.001 to 1
