@@ -1,6 +1,6 @@
 """Sums over replies. What is summed can be done in parts and put together, by `fedwsa.simulation.folding`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
@@ -22,6 +22,14 @@ AT_ONCE = 8  # replies that are kept until they are summed
 def weight_of(metrics: MetricRecord) -> float:
     """Number of examples behind a reply."""
     return float(metrics[messages.NUM_EXAMPLES])  # type: ignore[arg-type]
+
+
+def equal(metrics: MetricRecord) -> float:
+    """1 for every reply."""
+    return 1.0
+
+
+Weigh = Callable[[MetricRecord], float]  # a reply's weight in the mean of models and the fusion of scopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +201,9 @@ class ScopeStatistics:
     By layer, or by the units of another granularity, of which replies have a scope besides.
     """
 
-    def __init__(self, granularity: str = "layer") -> None:
+    def __init__(self, granularity: str = "layer", weigh: Weigh = weight_of) -> None:
         self.granularity = granularity
+        self.weigh = weigh
         self.layers: list[tuple[str, ...]] = []  # of each client, like the other two
         self.numbers: list[tuple[list[float], list[float]]] = []  # means and variances
         self.weights: list[float] = []
@@ -205,7 +214,7 @@ class ScopeStatistics:
         if numbers := messages.take_scope(metrics, len(layers), self.granularity):
             self.layers.append(layers)
             self.numbers.append(numbers)
-            self.weights.append(weight_of(metrics))
+            self.weights.append(self.weigh(metrics))
 
     def merge(self, later: Self) -> None:
         """Take over another's."""
@@ -233,16 +242,20 @@ class ScopeStatistics:
 
 
 class MeanFold:
-    """Weighted means of models and metrics, and the scopes: what FedAvg makes of replies, as a `Fold`."""
+    """Weighted means of models and metrics, and the scopes: what FedAvg makes of replies, as a `Fold`.
 
-    def __init__(self) -> None:
-        self.model, self.metrics, self.scopes = MeanModel(), MeanMetrics(), ScopeStatistics()
+    Metrics are weighted by examples however models and scopes are.
+    """
+
+    def __init__(self, weigh: Weigh = weight_of) -> None:
+        self.model, self.metrics, self.scopes = MeanModel(), MeanMetrics(), ScopeStatistics(weigh=weigh)
+        self.weigh = weigh
 
     def add(self, reply: Message) -> None:
         """A reply that passed the gate."""
         arrays, own = messages.arrays_of(reply), messages.metrics_of(reply)
         self.scopes.take(arrays, own)
-        self.model.add(arrays, weight_of(own))
+        self.model.add(arrays, self.weigh(own))
         self.metrics.add(own, weight_of(own))
 
     def merge(self, later: Self) -> None:

@@ -1,6 +1,7 @@
 """FedAvg, streaming. McMahan et al., arXiv 1602.05629, algorithm 1."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Self
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -42,6 +43,9 @@ class FedAvg(Strategy):
         self.seed = seed
         self.timeout = timeout
 
+    weigh = staticmethod(weight_of)
+    """A reply's weight in the means of models and of scopes; `equal` in subclasses whose source has a plain mean."""
+
     @classmethod
     def from_config(cls, config: Config, holdout: Holdout) -> Self:
         """As a run's config says; the server's held-out samples are not used."""
@@ -58,13 +62,13 @@ class FedAvg(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Weighted means of models and metrics, and the scopes' fusion and distance where clients sent scopes."""
-        return self.conclude_train(server_round, fold(MeanFold, each(replies)))
+        return self.conclude_train(server_round, fold(partial(MeanFold, self.weigh), each(replies)))
 
     def folding(self) -> MakeFold | None:
         """Makes parts of what `conclude_train` takes, so that workers can aggregate too; None for subclasses that
         aggregate in another way.
         """
-        return MeanFold if type(self).aggregate_train is FedAvg.aggregate_train else None
+        return partial(MeanFold, self.weigh) if type(self).aggregate_train is FedAvg.aggregate_train else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of the replies."""

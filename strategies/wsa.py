@@ -20,7 +20,7 @@ from fedwsa.granularity import GRANULARITIES
 from fedwsa.scope import VARIANCE_FUSIONS, WeightScope, measure, moving_average
 from fedwsa.simulation.folding import Fold, MakeFold
 from fedwsa.stability import Descent, warning
-from strategies.aggregation import ScopeStatistics
+from strategies.aggregation import ScopeStatistics, Weigh, weight_of
 from strategies.fedavg import FedAvg
 from strategies.holdout import Holdout
 from strategies.sampling import each
@@ -170,7 +170,7 @@ class WeightScopeAlignment(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the wrapped strategy makes of the replies; the fused scope and its distances join the metrics."""
-        scopes = _Scopes(self.granularity)
+        scopes = _Scopes(self.granularity, self._weigh)
         arrays, metrics = self.strategy.aggregate_train(server_round, _stripped(replies, scopes))
         return self._follow(arrays, metrics, scopes)
 
@@ -179,7 +179,7 @@ class WeightScopeAlignment(Strategy):
         inner = getattr(self.strategy, "folding", None)
         own = type(self).aggregate_train is WeightScopeAlignment.aggregate_train
         make = inner() if inner and own else None
-        return partial(_ScopedFold, make, self.granularity) if make else None
+        return partial(_ScopedFold, make, self.granularity, self._weigh) if make else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of the replies."""
@@ -188,6 +188,12 @@ class WeightScopeAlignment(Strategy):
         assert isinstance(folded, _ScopedFold)
         arrays, metrics = self.strategy.conclude_train(server_round, folded.inner)  # type: ignore[attr-defined]
         return self._follow(arrays, metrics, folded.scopes)
+
+    @property
+    def _weigh(self) -> Weigh:
+        """Scopes are fused with the weights with which the wrapped strategy takes its mean, where it says them."""
+        weigh: Weigh = getattr(self.strategy, "weigh", weight_of)
+        return weigh
 
     def _follow(
         self, arrays: ArrayRecord | None, metrics: MetricRecord | None, scopes: "_Scopes"
@@ -256,9 +262,9 @@ class FedAvgWSA(WeightScopeAlignment):
 class _Scopes:
     """The clients' scopes by layer, which are recorded, and by unit, which make the target; often the same."""
 
-    def __init__(self, granularity: str) -> None:
-        self.layers = ScopeStatistics()
-        self.units = self.layers if granularity == "layer" else ScopeStatistics(granularity)
+    def __init__(self, granularity: str, weigh: Weigh) -> None:
+        self.layers = ScopeStatistics(weigh=weigh)
+        self.units = self.layers if granularity == "layer" else ScopeStatistics(granularity, weigh)
 
     def take(self, reply: Message) -> None:
         """Out of the reply's metrics."""
@@ -277,8 +283,8 @@ class _Scopes:
 class _ScopedFold:
     """The scopes, and the wrapped strategy's part of replies that have none."""
 
-    def __init__(self, make: MakeFold, granularity: str) -> None:
-        self.scopes, self.inner = _Scopes(granularity), make()
+    def __init__(self, make: MakeFold, granularity: str, weigh: Weigh) -> None:
+        self.scopes, self.inner = _Scopes(granularity, weigh), make()
 
     def add(self, reply: Message) -> None:
         self.scopes.take(reply)
