@@ -133,7 +133,7 @@ def test_reply_is_the_training_of_the_message_s_model(seed):
     config = tiny(momentum=0.9, seed=seed)
     alignment = alignment_towards(0.5, initial_model(7), strength=2.0)
     state, metrics = ask(config, 3, 5, start=initial_model(7), settings=messages.pack_alignment(alignment))
-    model = models.build("mlp", *DIGITS, seed=7)
+    model = models.placed(models.build("mlp", *DIGITS, seed=7), torch.device("cpu"))
     holdings = federation(config)
     images, labels = holdings.dataset.train_tensors(holdings.training[3])
     loss = train(model, images, labels, config, torch_generator(seed, "client", 5, 3), alignment).loss

@@ -15,6 +15,7 @@ from torch import nn
 from fedwsa.config import Config
 from fedwsa.models.cnn import CNN
 from fedwsa.models.initialisation import initialise
+from fedwsa.models.linear import hasten
 from fedwsa.models.mlp import MLP
 from fedwsa.models.resnet import resnet8, resnet20
 from fedwsa.models.vgg import VGG8
@@ -120,7 +121,11 @@ def _check_takes(model: nn.Module, name: str, input_shape: Shape) -> None:
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The module on a device, laid out for speed there: channels last where there are convolutions."""
+    """The module on a device, in place, laid out for speed there.
+
+    Convolutions run channels last; large linear layers by oneDNN where that is faster (`fedwsa.models.linear`).
+    """
+    hasten(model)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
     return model.to(device)
