@@ -91,8 +91,7 @@ class LayerUnits:
         if not layers:
             return
         flat = [layer.parameter.reshape(-1) for layer in layers]
-        # One transfer for all sums, which would each wait for an accelerator.
-        sums = torch.stack([w.sum() for w in flat] + [torch.dot(w, w) for w in flat]).tolist()
+        sums = _numbers([w.sum() for w in flat] + [torch.dot(w, w) for w in flat])
         for layer, total, squares in zip(layers, sums[: len(layers)], sums[len(layers) :], strict=True):
             mean, origin = total / layer.size, 0.0
             variance = squares / layer.size - mean * mean
@@ -233,6 +232,18 @@ def _add_gradient(weights: Tensor, constant: float, b: float, origin: float) -> 
 
 def _move(weights: Tensor, constant: float, b: float, origin: float) -> None:
     """Replace w by constant + b (w − origin)."""
+    t = 1 - b
+    if not origin and 0 < abs(t) < 0.5 and abs(constant / t) <= torch.finfo(weights.dtype).max:
+        weights.lerp_(torch.scalar_tensor(constant / t, dtype=weights.dtype, device=weights.device), t)  # in one pass
+        return
     if origin:
         weights.sub_(origin)
     weights.mul_(b).add_(constant)
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """In one transfer from an accelerator, for each of which Python would wait."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
+    numbers: list[float] = torch.stack(scalars).tolist()
+    return numbers

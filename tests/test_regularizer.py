@@ -254,6 +254,53 @@ def test_proximal_step_refuses_a_bad_momentum(momentum):
         regularizer.proximal_step(0.1, momentum)
 
 
+# ---- loss mode under plain SGD
+
+
+@quick
+@given(
+    shape=shapes,
+    mean=st.floats(-3, 3),
+    std=st.floats(0.1, 3),
+    target_mean=st.floats(-3, 3),
+    target_std=st.floats(0.1, 3),
+    strength=st.floats(1e-3, 1e3),
+    reduction=st.sampled_from(["sum", "mean"]),
+    seed=seeds,
+)
+def test_descend_is_the_gradient_and_a_plain_step(shape, mean, std, target_mean, target_std, strength, reduction, seed):
+    both = [{"a": layer(shape, mean, std, seed), "b": layer((3, 4), seed=seed)} for _ in range(2)]
+    target = scope(a=(target_mean, target_std), b=(0, 1))
+    ours, theirs = (
+        WeightScopeRegularizer(each.items(), target, strength=strength, reduction=reduction) for each in both
+    )
+    task = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for each in both:
+        each["a"].grad = task.clone()
+    ours.descend(0.01)
+    theirs.add_gradient()
+    for name in ("a", "b"):
+        fast, slow = both[0][name], both[1][name]
+        plain = slow.detach() - 0.01 * slow.grad
+        moved = fast.detach() - (0.01 * fast.grad if fast.grad is not None else 0)
+        size = slow.detach().abs().max() + 0.01 * slow.grad.abs().max()
+        torch.testing.assert_close(moved, plain, rtol=0, atol=1e-12 * size.item())
+    assert torch.equal(both[0]["a"].grad, task)
+
+
+def test_descend_does_nothing_in_proximal_mode_at_strength_zero_or_at_rate_zero():
+    for options, rate in (({"mode": "proximal"}, 0.1), ({"strength": 0.0}, 0.1), ({}, 0.0)):
+        weights = layer((4, 5))
+        WeightScopeRegularizer([("a", weights)], scope(a=(1, 2)), **options).descend(rate)
+        assert torch.equal(weights, layer((4, 5)))
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.nan, math.inf])
+def test_descend_refuses_a_bad_learning_rate(rate):
+    with pytest.raises(ValueError, match="learning rate must be"):
+        WeightScopeRegularizer([("a", layer((4, 5)))], scope(a=(1, 2))).descend(rate)
+
+
 # ---- what is left alone
 
 

@@ -84,7 +84,7 @@ def seconds_table(rows: list[Row], measured: Measured, failed: set[Contestant]) 
             seconds = spread(figures) if figures else "–"
             start = spread([Figure(result.start) for result in results])
             if limits := [Figure(result.limit) for result in results if result.limit]:
-                lines.append(f"| {workload} | half of all clients, or the longest | {spread(limits)} | – |")
+                lines.append(f"| {workload} | {contestant.limit} | {spread(limits)} | – |")
         lines.append(f"| {workload} | {contestant.name} | {seconds} | {start} |")
     return lines
 

@@ -25,6 +25,7 @@ class Contestant:
     """`module` is run with workload, rounds and `argument`.
 
     stop_after: seconds after the end of round 1 at which it is stopped, whatever it has done by then; 0: never.
+    limit: what the limit is that it says, if it says one.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Contestant:
     rounds: int
     argument: str = ""
     stop_after: float = 0.0
+    limit: str = ""
 
     def command(self) -> list[str]:
         """The command line."""
@@ -50,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds: from the start of the process to the end of round 1, of each round, and of the limit in `unequal`.
+    """Seconds: from the start of the process to the end of round 1, of each round, and what these are compared with.
 
     unfinished: since the last round ended, where the contestant was stopped.
     """

@@ -35,6 +35,7 @@ def make_config(workload: Workload, rounds: int) -> Config:
         "model": workload.model,
         "rounds": rounds,
         "evaluate-every": rounds,
+        "measure-every": 0,
         "checkpoint-every": rounds,
         "local-epochs": 1,
         "batch-size": BATCH,

@@ -133,13 +133,24 @@ def _starts() -> list[Row]:
     ]
 
 
-UNEQUAL = Contestant("our app", "unequal", "unequal", 4, "ray")
+def _alignment(workload: str, number: int, most: float) -> list[Row]:
+    """A client's local epoch with the term ÷ without it, in one process; most: how large that may be."""
+    rows = []
+    for mode, goal in (("loss", Goal("≤", most)), ("proximal", Goal("≤", most)), ("autograd", None)):
+        one = Contestant(f"WSA, {mode}", "alignment", workload, number, mode, limit="the same without WSA")
+        rows.append(Row(workload, f"local epoch with WSA, {mode} ÷ without", goal, over_limit, (one,)))
+    return rows
+
+
+UNEQUAL = Contestant("our app", "unequal", "unequal", 4, "ray", limit="half of all clients, or the longest")
 MANY = Contestant("our app, 10,000 clients", "ours", "many", 1, "ray-start-here")
 FEW = Contestant("our app, 100 clients", "ours", "few", 1, "ray-start-here")
 
 ROWS = [
     *_throughput("mlp", 30, 3, 0, [Goal("≤", 1.25), Goal("≥", 15), Goal("≤", 1.6), Goal("≥", 12)]),
+    *_alignment("mlp", 300, 1.1),
     *_throughput("cnn", 6, 3, 0, [Goal("≤", 1.0), Goal("≥", 1.5)]),
+    *_alignment("cnn", 30, 1.02),
     *_throughput("tiny", 15, 2, 30, [Goal("≤", 1.4), Goal("≥", 30), Goal("≤", 2.5)]),
     Row("unequal", "round ÷ max(half of all, the longest client)", Goal("≤", 1.1), over_limit, (UNEQUAL,)),
     Row("unequal", "first round ÷ the same", None, first_over_limit, (UNEQUAL,)),

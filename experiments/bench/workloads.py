@@ -125,5 +125,9 @@ class Stopwatch:
 
     def lap(self) -> None:
         """A round has ended, and the next one begins."""
-        print(f"lap {time.perf_counter() - self.last:.6f}", flush=True)
+        self.say(time.perf_counter() - self.last)
         self.restart()
+
+    def say(self, seconds: float) -> None:
+        """A round has ended that took so long."""
+        print(f"lap {seconds:.6f}", flush=True)
