@@ -5,6 +5,8 @@
 `local-statistics`: running mean, running variance and their counter; affine parameters are averaged (SiloBN, Andreux
 et al. 2020).
 
+`model`, which no config says but a strategy's message may: all arrays there are.
+
 What is kept lies in Flower's `Context.state`. In its place a client sends what the server sent, so that a reply holds
 every array and the average of these stays what it is, the initial model's, for good.
 """
@@ -25,6 +27,8 @@ def local_names(model: nn.Module, policy: str) -> list[str]:
     """Names of the arrays that stay with the client, in the order of the state dict."""
     if policy == "aggregate":
         return []
+    if policy == "model":
+        return list(model.state_dict())
     local = set()
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _BatchNorm):

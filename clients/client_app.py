@@ -1,16 +1,16 @@
 """The ClientApp: trains or evaluates the model that a message brings, on this client's own samples."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from clients.batch_norm import keep, local_names, put_back
 from clients.federation import FederatedData, federation
 from clients.objectives import Task, asked_for
-from clients.training import train
+from clients.training import mean_gradient, train
 from fedwsa import messages, models
 from fedwsa.arrays import fill, pack
 from fedwsa.config import Config, from_run_config
@@ -31,10 +31,10 @@ def train_message(message: Message, context: Context) -> Message:
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
-    images, labels = (_moved(each, config) for each in holdings.training_tensors(client))
-    model, state = _model_with(message, config, holdings)
     settings = messages.config_of(message)
-    local = local_names(model, config.batch_norm)
+    images, labels = (_moved(each, config) for each in _training_tensors(holdings, client, settings))
+    model, state = _model_with(message, config, holdings)
+    local = local_names(model, str(settings.get(messages.LOCAL, config.batch_norm)))
     sent = {name: state[name].clone() for name in local}
     put_back(state, local, context, settings)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
@@ -45,25 +45,34 @@ def train_message(message: Message, context: Context) -> Message:
         order = torch.Generator().manual_seed(own_seed)
         seen = _augmented(images, config, server_round, client)
         alignment = messages.unpack_alignment(settings)
-        objective = asked_for(Task(model, _shared(model, local), message, context, config))
+        objective = None
+        if make := asked_for(settings):
+            gradient = partial(mean_gradient, model, images, labels, config, own_seed)
+            objective = make(Task(model, _shared(model, local), message, context, config, gradient))
         training = train(model, seen, labels, config, order, alignment, objective)
     finally:
         torch.default_generator.set_state(kept)
     keep(state, local, context, settings)
     reply = {**state, **sent}  # in the order of the state
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: training.loss})
-    metrics.update(messages.pack_scope(measure(reply)))
+    if alignment and alignment.share > 0:
+        metrics[messages.SCOPE_STRENGTH] = training.strength
+    metrics.update(messages.pack_scope(measure(state)))  # of what it trained, also where the server gets none of it
     if alignment and alignment.granularity != "layer":
-        scope = measure(reply, granularity=alignment.granularity)
+        scope = measure(state, granularity=alignment.granularity)
         metrics.update(messages.pack_scope(scope, alignment.granularity))
     content = RecordDict({messages.ARRAYS: pack(reply), messages.METRICS: metrics})
-    objective.finish(content, training.steps)
+    if objective:
+        objective.finish(content, training.steps)
     return Message(content, reply_to=message)
 
 
 @app.evaluate()
 def evaluate_message(message: Message, context: Context) -> Message:
-    """Evaluate on this client's validation samples, with its own BatchNorm where `batch-norm` leaves it that."""
+    """Evaluate on this client's validation samples, with its own BatchNorm where `batch-norm` leaves it that.
+
+    On the whole test split besides, where the message asks for it.
+    """
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
@@ -71,9 +80,17 @@ def evaluate_message(message: Message, context: Context) -> Message:
     if not len(labels):
         raise ValueError(f"client {client} holds no validation samples; raise validation-fraction or min-size")
     model, state = _model_with(message, config, holdings)
-    put_back(state, local_names(model, config.batch_norm), context, messages.config_of(message))
+    settings = messages.config_of(message)
+    local = local_names(model, str(settings.get(messages.LOCAL, config.batch_norm)))
+    put_back(state, local, context, settings)
     loss, accuracy = evaluate(model, images, labels)
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss, messages.ACCURACY: accuracy})
+    if settings.get(messages.TEST_TOO):
+        images, labels = holdings.dataset.test_tensors()
+        loss, accuracy = evaluate(model, images, labels)
+        metrics.update(
+            {messages.TEST_EXAMPLES: len(labels), messages.TEST_LOSS: loss, messages.TEST_ACCURACY: accuracy}
+        )
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
 
@@ -101,13 +118,20 @@ def _identity(message: Message, context: Context) -> tuple[Config, int]:
         raise ValueError(f'node config: {error} is missing; --node-config "partition-id=0 num-partitions=2"') from None
     if not 0 <= client < clients:
         raise ValueError(f"partition-id = {client}: allowed is 0 to num-partitions − 1 = {clients - 1}")
-    return _config(tuple(sorted(context.run_config.items())), clients), client
+    return _config(context.run_config, clients), client
 
 
-@lru_cache(maxsize=8)
-def _config(run_config: tuple[tuple[str, bool | int | float | str], ...], clients: int) -> Config:
-    """Parsed once a process and run."""
-    return from_run_config(dict(run_config)).model_copy(update={"num_clients": clients})
+_CONFIGS: list[tuple[RunConfig, int, Config]] = []  # of runs seen lately
+
+
+def _config(run_config: RunConfig, clients: int) -> Config:
+    """Parsed once a process and run. To compare is quicker than to hash, and a client may take a millisecond."""
+    for known, number, config in _CONFIGS:
+        if number == clients and known == run_config:
+            return config
+    config = from_run_config(run_config).model_copy(update={"num_clients": clients})
+    _CONFIGS[:] = [(dict(run_config), clients, config), *_CONFIGS[:7]]
+    return config
 
 
 @lru_cache(maxsize=2)
@@ -120,6 +144,14 @@ def _model_with(message: Message, config: Config, holdings: FederatedData) -> tu
     """The module with the numbers that the message brings, and its state dict, whose memory is nobody else's."""
     model = _model(config, holdings.dataset.input_shape, holdings.dataset.num_classes, _device(config))
     return model, fill(model, messages.arrays_of(message))
+
+
+def _training_tensors(holdings: FederatedData, client: int, settings: ConfigRecord) -> tuple[Tensor, Tensor]:
+    """This client's training samples; everybody's, one client's after the other's, where the message asks for them."""
+    if not settings.get(messages.POOLED):
+        return holdings.training_tensors(client)
+    images, labels = zip(*map(holdings.training_tensors, range(len(holdings.training))), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
 def _shared(model: nn.Module, local: list[str]) -> dict[str, Tensor]:

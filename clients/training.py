@@ -19,10 +19,11 @@ from fedwsa.scope import WeightScope
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Mean task loss over all steps, nats a sample, and how many steps there were."""
+    """Mean task loss over all steps, nats a sample; how many steps there were; and λ of the alignment, 0 without."""
 
     loss: float
     steps: int
+    strength: float = 0.0
 
 
 def train(
@@ -44,6 +45,7 @@ def train(
         model.train()
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     step, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
+    plain = config.optimizer == "sgd" and config.momentum == config.weight_decay == 0
     regularizer = _regularizer(model, alignment)
     total, steps = torch.zeros((), device=labels.device), 0
     for _ in range(config.local_epochs):
@@ -57,13 +59,36 @@ def train(
             if regularizer:
                 if steps == 0 and alignment and alignment.share > 0:
                     regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
-                regularizer.add_gradient()
+                regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
             step()
             if regularizer:
                 regularizer.proximal_step(config.learning_rate, momentum)
             total += loss
             steps += 1
-    return Training(float(total) / steps, steps)
+    return Training(float(total) / steps, steps, regularizer.strength if regularizer else 0.0)
+
+
+def mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: Config, seed: int) -> dict[str, Tensor]:
+    """Gradient of the mean task loss over all samples, by parameter that trains; nats a sample.
+
+    In train mode and in the batches of an epoch, whose order `seed` decides: what steps descend is the loss with
+    BatchNorm's batch statistics. Weights, `.grad`, buffers, which modules may move in train mode, and the state of
+    PyTorch's random numbers are afterwards as they were. The other arguments are those of `train`.
+    """
+    model.train()
+    parameters = {name: weights for name, weights in model.named_parameters() if weights.requires_grad}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    total = [torch.zeros_like(weights) for weights in parameters.values()]
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    with torch.random.fork_rng(devices=[]):
+        for batch in _batches(order, config.batch_size, model):
+            logits = torch.func.functional_call(model, buffers, (images[batch],))
+            loss = F.cross_entropy(logits, labels[batch], reduction="sum")
+            # A parameter that the loss does not reach has a gradient of 0.
+            found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            torch._foreach_add_(total, found)
+    torch._foreach_div_(total, float(len(labels)))
+    return dict(zip(parameters, total, strict=True))
 
 
 def _gradient(

@@ -79,7 +79,7 @@ def accuracy_figure(run: Run) -> str | None:
         for axes, alpha in zip(panels.flat, run.alphas, strict=False):
             for index, name in enumerate(run.strategies):
                 percent = [{r: 100 * value for r, value in series.items()} for series in curves[alpha, name]]
-                _draw_seeds(axes, percent, index, name, lines)
+                draw_seeds(axes, percent, index, name, lines)
             if target := run.config.get("target-accuracy"):
                 axes.axhline(100 * target, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
                 axes.annotate(f"target {100 * target:g} %", (0, 100 * target), (3, 3), ("axes fraction", "data"),
@@ -90,8 +90,8 @@ def accuracy_figure(run: Run) -> str | None:
             axes.set_ylabel("accuracy on the test split (%)")
         for axes in panels.flat[len(run.alphas) :]:
             axes.remove()
-        _legend(figure, lines, run)
-        return _svg(figure)
+        legend(figure, lines, run)
+        return svg(figure)
 
 
 def scope_figure(run: Run) -> str | None:
@@ -112,8 +112,8 @@ def scope_figure(run: Run) -> str | None:
     positive = [value for row in by_round for value in row.values() if value > 0 and math.isfinite(value)]
     with style():
         if len(layers) <= MAX_LAYER_PANELS:
-            return _svg(_scope_lines(run, distances, layers, positive))
-        return _svg(_scope_maps(run, distances, layers, positive))
+            return svg(_scope_lines(run, distances, layers, positive))
+        return svg(_scope_maps(run, distances, layers, positive))
 
 
 def partition_figure(label_counts: Sequence[Sequence[int]], title: str) -> str:
@@ -133,7 +133,7 @@ def draw_partition(label_counts: Sequence[Sequence[int]], title: str, form: str)
 def encoded(figure: "Figure", form: str) -> bytes:
     """A figure as a whole file; `form` is "svg" or "png"."""
     if form == "svg":
-        return _svg(figure).encode()
+        return svg(figure).encode()
     picture = io.BytesIO()
     figure.savefig(picture, format=form, dpi=150, metadata={"Software": None})
     return picture.getvalue()
@@ -161,8 +161,11 @@ def _grid(rows: int, columns: int, row_height: float) -> "tuple[Figure, np.ndarr
     return figure, panels
 
 
-def _draw_seeds(axes: "Axes", seeds: Sequence[Series], index: int, name: str, lines: "dict[str, Line2D]") -> None:
-    """Mean over seeds by round, and the band between the lowest and the highest; rounds that all begun seeds have."""
+def draw_seeds(axes: "Axes", seeds: Sequence[Series], index: int, name: str, lines: "dict[str, Line2D]") -> None:
+    """Mean over seeds by round, and the band between the lowest and the highest; rounds that all begun seeds have.
+
+    index: of the strategy, whose name the line has in `lines`.
+    """
     begun = [series for series in seeds if series]
     if not begun:
         return
@@ -177,7 +180,8 @@ def _draw_seeds(axes: "Axes", seeds: Sequence[Series], index: int, name: str, li
         axes.fill_between(rounds, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
-def _legend(figure: "Figure", lines: "dict[str, Line2D]", run: Run) -> None:
+def legend(figure: "Figure", lines: "dict[str, Line2D]", run: Run) -> None:
+    """Above the panels: the strategies that have a line, and whether they are finished."""
     names = [name for name in run.strategies if name in lines]
     ended = {name: all(f.results[name].summary for f in run.federations) for name in names}
     labels = [name if ended[name] else f"{name} (not finished)" for name in names]
@@ -193,14 +197,14 @@ def _scope_lines(
         for axes, layer in zip(row, layers, strict=True):
             for index, name in enumerate(run.strategies):
                 seeds = [{r: by.get(layer, math.nan) for r, by in seed.items()} for seed in distances[alpha, name]]
-                _draw_seeds(axes, seeds, index, name, lines)
+                draw_seeds(axes, seeds, index, name, lines)
             axes.set_title(layer if len(run.alphas) == 1 else f"{layer}, {run.split(alpha)}")
             axes.set_xlabel("round")
         row[0].set_ylabel("scope distance (nats)")
     if positive:
         panels[0, 0].set_yscale("log", nonpositive="mask")
         _plain_numbers(panels[0, 0].yaxis, positive)
-    _legend(figure, lines, run)
+    legend(figure, lines, run)
     return figure
 
 
@@ -293,7 +297,7 @@ def _write_counts(axes: "Axes", bars: "Axes", counts: "np.ndarray[Any, Any]", si
                       fontsize=size, color=MUTED)  # fmt: skip
 
 
-def _svg(figure: "Figure") -> str:
+def svg(figure: "Figure") -> str:
     """The figure as one <svg> element without prolog, metadata or the ids that would clash with another figure's."""
     picture = io.StringIO()
     figure.savefig(picture, format="svg", dpi=200, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

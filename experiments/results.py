@@ -154,8 +154,19 @@ def server_accuracy(events: Sequence[Event]) -> dict[int, float]:
 
 def scope_distances(events: Sequence[Event]) -> dict[int, dict[str, float]]:
     """Round → layer → Σ_k p_k KL(client k ‖ fused) in nats; rounds without a scope are left out."""
-    trained = [event for event in events if event["phase"] == "train" and event.get("scope_distance")]
-    return {e["round"]: dict(zip(e["layers"], map(_number, e["scope_distance"]), strict=True)) for e in trained}
+    return layer_numbers(events, "scope_distance")
+
+
+def train_metric(events: Sequence[Event], key: str) -> dict[int, float]:
+    """Round → one of the metrics of its training; rounds without it are left out."""
+    metrics = {event["round"]: event["metrics"] for event in events if event["phase"] == "train"}
+    return {number: each[key] for number, each in metrics.items() if key in each}
+
+
+def layer_numbers(events: Sequence[Event], key: str) -> dict[int, dict[str, float]]:
+    """Round → layer → a number that training recorded by layer, NaN for null; rounds without it are left out."""
+    trained = [event for event in events if event["phase"] == "train" and event.get(key)]
+    return {e["round"]: dict(zip(e["layers"], map(_number, e[key]), strict=True)) for e in trained}
 
 
 def summarize(

@@ -15,7 +15,25 @@ import tomli_w
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedwsa.errors import UsageError
-from fedwsa.sections import FedProxConfig, NonNegative, NPMergeConfig, Positive, Section, WSAConfig
+from fedwsa.sections import (
+    FedAdagradConfig,
+    FedAdamConfig,
+    FedAvgMConfig,
+    FedDynConfig,
+    FedExPConfig,
+    FedLWSConfig,
+    FedProxConfig,
+    FedTrimmedAvgConfig,
+    FedYogiConfig,
+    KrumConfig,
+    MoonConfig,
+    NonNegative,
+    NPMergeConfig,
+    Positive,
+    ScaffoldConfig,
+    Section,
+    WSAConfig,
+)
 
 
 class ConfigError(UsageError):
@@ -108,6 +126,7 @@ class Config(Section):
     cohort: Annotated[int, Field(ge=1)] = 10
     evaluation_cohort: Annotated[int, Field(ge=0)] = 10  # clients that evaluate the model; 0: none
     evaluate_every: Annotated[int, Field(ge=1)] = 1  # rounds; by clients and by the server, and after the last round
+    measure_every: Annotated[int, Field(ge=0)] = 5  # rounds; of updates and barriers, `strategies.measures`; 0: never
     local_epochs: Annotated[int, Field(ge=1)] = 5
     batch_size: Annotated[int, Field(ge=1)] = 32
     optimizer: str = "sgd"  # of the clients: sgd, adam, adamw, … of torch.optim; its state begins anew each round
@@ -121,6 +140,17 @@ class Config(Section):
     wsa: WSAConfig = WSAConfig()
     np_merge: NPMergeConfig = NPMergeConfig()
     fedprox: FedProxConfig = FedProxConfig()
+    scaffold: ScaffoldConfig = ScaffoldConfig()
+    feddyn: FedDynConfig = FedDynConfig()
+    moon: MoonConfig = MoonConfig()
+    fedexp: FedExPConfig = FedExPConfig()
+    fedlws: FedLWSConfig = FedLWSConfig()
+    fedavgm: FedAvgMConfig = FedAvgMConfig()
+    fedadam: FedAdamConfig = FedAdamConfig()
+    fedyogi: FedYogiConfig = FedYogiConfig()
+    fedadagrad: FedAdagradConfig = FedAdagradConfig()
+    fedtrimmedavg: FedTrimmedAvgConfig = FedTrimmedAvgConfig()
+    krum: KrumConfig = KrumConfig()
 
     engine: Literal["ray", "inprocess"] = "ray"
     workers: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: one a core
@@ -165,6 +195,27 @@ class Config(Section):
         if self.uses("np-merge") and self.server_samples == 0:
             line = "server-samples = 0: np-merge learns on the server's split; allowed with it is a whole number ≥ 1"
             yield {"server-samples", "strategies"}, line
+        if self.uses("local-only") and self.evaluation_cohort == 0:
+            line = "evaluation-cohort = 0: only its clients can evaluate local-only; allowed with it is ≥ 1"
+            yield {"evaluation-cohort", "strategies"}, line
+        if self.uses("central") and self.min_replies > 1:
+            line = f"min-replies = {self.min_replies}: central trains in one place; allowed with it is 1"
+            yield {"min-replies", "strategies"}, line
+        if self.uses("krum") and self.cohort < 2 * self.krum.num_malicious + 3:
+            line = (
+                f"krum.num-malicious = {self.krum.num_malicious}: of a cohort of {self.cohort} fewer must be bad; "
+                "allowed is at most (cohort − 3)/2"
+            )
+            yield {"krum", "cohort", "strategies"}, line
+        if self.uses("fednova") and self.optimizer != "sgd":
+            line = f'optimizer = "{self.optimizer}": fednova knows how far steps of SGD go; allowed with it is "sgd"'
+            yield {"optimizer", "strategies"}, line
+        if self.fedlws.min_tau > self.fedlws.max_tau:
+            line = f"fedlws.min-tau = {self.fedlws.min_tau:g}: allowed is at most max-tau = {self.fedlws.max_tau:g}"
+            yield {"fedlws"}, line
+        if self.uses("scaffold") and self.scaffold.option == "II" and self.optimizer != "sgd":
+            line = f'scaffold.option = "II": allowed with optimizer = "{self.optimizer}" is "I"'
+            yield {"scaffold", "optimizer", "strategies"}, line
         if self.evaluation_cohort and self.validation_fraction == 0:
             line = "validation-fraction = 0: clients evaluate on it; allowed is > 0, or evaluation-cohort = 0"
             yield {"validation-fraction", "evaluation-cohort"}, line
@@ -180,6 +231,10 @@ class Config(Section):
                 how = " in their first six digits" if key == "alpha" else ""
                 shown = _shown(getattr(self, key))
                 yield {key}, f"{key} = {shown}: allowed are values that differ from each other{how}"
+
+    def __hash__(self) -> int:
+        """Of what mostly tells configs apart: Pydantic's own takes a hundred times as long, once a client."""
+        return hash((self.name, self.data, self.model, self.num_clients, self.alpha, self.seed, self.partitioner))
 
     def uses(self, strategy: str) -> bool:
         """Whether a strategy is among those to run, by itself or aligned."""

@@ -9,18 +9,26 @@ A train or evaluate message holds
   ``scope-granularity`` (layer; the names are then those of the units, `fedwsa.granularity`) and ``scope-share`` (0; if
   more, each client finds λ itself, `WeightScopeRegularizer.fix_strength`); ``strategy``, its name, by which clients
   tell what they keep for it; and ``objective``, what clients minimise besides the task's loss (`clients.objectives`),
-  with its numbers (``proximal-mu``);
-* further ArrayRecords where the strategy has such.
+  with its numbers (``proximal-mu``; ``control-option``, I or II; ``dynamic-alpha``; ``contrastive-mu`` and
+  ``temperature``);
+  ``local-arrays``, which arrays stay with the client where it is not the config that says so (a policy of
+  `clients.batch_norm`); ``pooled-samples`` (true: train on everybody's, which only a simulation's clients can) and
+  ``test-split-too`` (true, of an evaluation: on the whole test split besides);
+* further ArrayRecords where the strategy has such: ``control``, the control variate of SCAFFOLD by the parameters that
+  train. In a reply it is the change of the client's own.
 
 A message of type ``evaluate.test_split``, which only a simulation sends, has ``first-sample`` and ``last-sample``
 (not included) in its ``config`` besides: the part of the test split to evaluate on, by whoever's turn it is.
 
 A reply holds the ArrayRecords that its message held (training only; in the order in which they came) and ``metrics``
 (MetricRecord):
-``num-examples``, the weight of the client; ``loss`` (nats a sample) and, of an evaluation, ``accuracy``; of a training
+``num-examples``, the weight of the client; ``loss`` (nats a sample) and, of an evaluation, ``accuracy``, with
+``test-examples``, ``test-loss`` and ``test-accuracy`` where the server asked for the test split too; of a training
 also the scope of the weights that it sends, ``scope-means`` and ``scope-variances``, one number a layer in the order of
-the layers in ``arrays``; and ``unit-means`` and ``unit-variances``, the same by unit, where the server asked for a
-granularity other than layers. A client that sends no scope counts for the model and not for the fusion of scopes.
+the layers in ``arrays``; ``unit-means`` and ``unit-variances``, the same by unit, where the server asked for a
+granularity other than layers; ``scope-strength``, the λ that it found, where it asked for a ``scope-share``; and
+``local-steps``, how many steps the optimiser made, where it asked for the objective "fednova". A client that sends no
+scope counts for the model and not for the fusion of scopes.
 """
 
 from collections.abc import Mapping, MutableMapping
@@ -40,6 +48,10 @@ ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SERVER_ROUND, VERSION, STRATEGY = "server-round", "schema-version", "strategy"
 OBJECTIVE, PROXIMAL_MU = "objective", "proximal-mu"  # the latter is Flower's name
+CONTRASTIVE_MU, TEMPERATURE, LOCAL_STEPS = "contrastive-mu", "temperature", "local-steps"
+CONTROL, CONTROL_OPTION, DYNAMIC_ALPHA = "control", "control-option", "dynamic-alpha"
+LOCAL, POOLED, TEST_TOO = "local-arrays", "pooled-samples", "test-split-too"
+TEST_EXAMPLES, TEST_LOSS, TEST_ACCURACY = "test-examples", "test-loss", "test-accuracy"
 FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"
@@ -49,6 +61,7 @@ UNIT_MEANS, UNIT_VARIANCES = "unit-means", "unit-variances"
 TEST_SPLIT = "evaluate.test_split"  # the type of an evaluation that a worker does for the server
 
 MAX_EXAMPLES = 10**9  # of one client; more is taken for a mistake or an attack
+COUNTED = {"fednova": (LOCAL_STEPS,)}  # by objective, the metrics that replies have to have besides; each at least 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,7 +148,7 @@ class StrategyFolder:
         paths = sorted(self.checkpoints.glob("round-*.safetensors"), reverse=True)
         for path in paths:
             try:
-                checkpoint = _read_checkpoint(path)
+                checkpoint = read_checkpoint(path)
                 self._cut_metrics(checkpoint.metrics_bytes)
                 return checkpoint
             except OSError as error:
@@ -193,7 +193,8 @@ def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """What `save_checkpoint` wrote; raises whatever damaged bytes lead to."""
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -196,6 +196,12 @@ class Scopes:
     def __len__(self) -> int:
         return len(self.means)
 
+    def only(self, names: Sequence[str]) -> Scopes:
+        """Those of some of the layers, in this order. Raises KeyError for a layer that is not there."""
+        position = {name: i for i, name in enumerate(self.names)}
+        columns = [position[name] for name in names]
+        return Scopes(tuple(names), self.means[:, columns], self.variances[:, columns])
+
 
 def fuse(
     scopes: Sequence[WeightScope] | Scopes,
@@ -227,6 +233,21 @@ def fuse(
     elif variance == "independent":
         shares = shares.square()
     return WeightScope(every.names, means, (shares * variances).sum(0))
+
+
+def scope_spread(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """How far the clients' scopes lie apart: weighted standard deviations over k of μ_k and of σ_k, each [L]. Ours.
+
+    √(Σ_k p_k (x_k − x̄)²) with x̄ = Σ_k p_k x_k; exactly 0 where all agree. Weights as for `fuse`, with the same errors.
+    """
+    shares = _shares(scopes, weights)
+    every = scopes if isinstance(scopes, Scopes) else Scopes.of(scopes)
+    return _deviation(every.means, shares), _deviation(every.variances.sqrt(), shares)
+
+
+def _deviation(values: Tensor, shares: Tensor) -> Tensor:
+    values = values - values[0]  # so that rounding gives equal ones no deviation
+    return (shares * (values - (shares * values).sum(0)).square()).sum(0).sqrt()
 
 
 def scope_distance(scopes: Sequence[WeightScope] | Scopes, weights: Sequence[float], fused: WeightScope) -> Tensor:

@@ -71,3 +71,78 @@ class FedProxConfig(Section):
     """FedProx."""
 
     mu: NonNegative = 0.01  # μ of the proximal term; the paper tries 0.001 to 1
+
+
+class FedAvgMConfig(Section):
+    """FedAvgM, Flower's; without momentum and at a rate of 1 it is FedAvg."""
+
+    server_learning_rate: Positive = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class FedAdamConfig(Section):
+    """FedAdam, Flower's."""
+
+    server_learning_rate: Positive = 0.1  # to be tuned: about the largest change of a weight in a round
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 0.001  # weights whose changes are smaller than this are hardly adapted
+
+
+class FedYogiConfig(FedAdamConfig):
+    """FedYogi, Flower's."""
+
+    server_learning_rate: Positive = 0.01
+
+
+class FedAdagradConfig(Section):
+    """FedAdagrad, Flower's."""
+
+    server_learning_rate: Positive = 0.1
+    tau: Positive = 0.001
+
+
+class FedTrimmedAvgConfig(Section):
+    """FedTrimmedAvg, Flower's."""
+
+    beta: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # share of the clients that is cut off at either end
+
+
+class KrumConfig(Section):
+    """Krum, Flower's."""
+
+    num_malicious: Annotated[int, Field(ge=0)] = 0  # clients that it withstands; the cohort has at least 2f + 3
+
+
+class ScaffoldConfig(Section):
+    """SCAFFOLD."""
+
+    option: Literal["I", "II"] = "II"  # what a client's control variate becomes: the gradient at x, or the steps' mean
+    server_learning_rate: Positive = 1.0  # η_g
+
+
+class MoonConfig(Section):
+    """MOON."""
+
+    mu: NonNegative = 1.0  # μ of the contrast; the paper tries 0.1 to 10
+    temperature: Positive = 0.5
+
+
+class FedExPConfig(Section):
+    """FedExP."""
+
+    epsilon: Positive = 0.001  # ε, on the scale of the squared norm of a mean update
+
+
+class FedLWSConfig(Section):
+    """FedLWS; with a largest τ of 0 it is FedAvg."""
+
+    beta: NonNegative = 0.03  # τ is β times the spread of the clients' updates of a layer,
+    min_tau: NonNegative = 0.01  # at least this,
+    max_tau: NonNegative = 0.2  # and at most this
+
+
+class FedDynConfig(Section):
+    """FedDyn."""
+
+    alpha: Positive = 0.01  # α of the dynamic regulariser; the paper tries 0.001 to 0.1

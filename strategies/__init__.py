@@ -6,19 +6,36 @@ from flwr.serverapp.strategy import Strategy
 
 from fedwsa.config import ALIGNED, Config
 from fedwsa.registry import lookup
+from strategies import flowers
+from strategies.central import Central
 from strategies.fedavg import FedAvg
+from strategies.feddyn import FedDyn
+from strategies.fedexp import FedExP
+from strategies.fedlws import FedLWS
+from strategies.fednova import FedNova
 from strategies.fedprox import FedProx
 from strategies.holdout import Holdout
+from strategies.local_only import LocalOnly
+from strategies.moon import Moon
 from strategies.np_merge import NPMerge
+from strategies.scaffold import Scaffold
 from strategies.wsa import FedAvgWSA, WeightScopeAlignment
 
 __all__ = [
     "STRATEGIES",
+    "Central",
     "FedAvg",
     "FedAvgWSA",
+    "FedDyn",
+    "FedExP",
+    "FedLWS",
+    "FedNova",
     "FedProx",
     "Holdout",
+    "LocalOnly",
+    "Moon",
     "NPMerge",
+    "Scaffold",
     "WeightScopeAlignment",
     "build",
     "find",
@@ -29,7 +46,22 @@ Build = Callable[[Config, Holdout], Strategy]
 STRATEGIES: dict[str, Build] = {
     "fedavg": FedAvg.from_config,
     "fedprox": FedProx.from_config,
+    "scaffold": Scaffold.from_config,
+    "feddyn": FedDyn.from_config,
+    "moon": Moon.from_config,
+    "fednova": FedNova.from_config,
+    "fedexp": FedExP.from_config,
+    "fedlws": FedLWS.from_config,
+    "fedavgm": flowers.fedavgm,
+    "fedadam": flowers.fedadam,
+    "fedyogi": flowers.fedyogi,
+    "fedadagrad": flowers.fedadagrad,
+    "fedmedian": flowers.fedmedian,
+    "fedtrimmedavg": flowers.fedtrimmedavg,
+    "krum": flowers.krum,
     "np-merge": NPMerge.from_config,
+    "local-only": LocalOnly.from_config,
+    "central": Central.from_config,
 }
 
 

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from fedwsa import messages
 from fedwsa.arrays import as_type, record_of, view
-from fedwsa.scope import Scopes, WeightScope, fuse, scope_distance
+from fedwsa.granularity import layer_of
+from fedwsa.scope import Scopes, WeightScope, fuse, scope_distance, scope_spread
 
-SCOPE_DISTANCE = "scope-distance"
+SCOPE_DISTANCE, TARGET_DISTANCE = "scope-distance", "target-distance"
+SCOPE_MEAN_SPREAD, SCOPE_STD_SPREAD = "scope-mean-spread", "scope-std-spread"
 STRETCH = 1 << 14  # numbers that are summed at a time: 128 KiB
 AT_ONCE = 8  # replies that are kept until they are summed
 
@@ -227,11 +229,34 @@ class ScopeStatistics:
         return fuse(self.scopes(), self.weights, variance, merged) if self.numbers else None
 
     def metrics(self, fused: WeightScope | None) -> dict[str, list[float]]:
-        """The fused scope, and the distance Σ_k p_k KL(client k ‖ fused) in nats; one number a layer each."""
+        """The fused scope, the distance Σ_k p_k KL(client k ‖ fused) in nats, and the spread of the clients' μ and σ.
+
+        One number a layer each.
+        """
         if fused is None:
             return {}
-        distance = scope_distance(self.scopes(), self.weights, fused)
-        return {**messages.pack_scope(fused), SCOPE_DISTANCE: distance.tolist()}
+        scopes = self.scopes()
+        mean_spread, std_spread = scope_spread(scopes, self.weights)
+        return {
+            **messages.pack_scope(fused),
+            SCOPE_DISTANCE: scope_distance(scopes, self.weights, fused).tolist(),
+            SCOPE_MEAN_SPREAD: mean_spread.tolist(),
+            SCOPE_STD_SPREAD: std_spread.tolist(),
+        }
+
+    def target_metrics(self, target: WeightScope) -> dict[str, list[float]]:
+        """The distance Σ_k p_k KL(client k ‖ target) in nats; nothing where no client sent a scope.
+
+        One number a layer, the sum over its units (0 if the target names none of them); a single one where the unit is
+        the whole model.
+        """
+        if not self.numbers:
+            return {}
+        distances = scope_distance(self.scopes().only(target.names), self.weights, target).tolist()
+        totals = dict.fromkeys((layer_of(unit, self.granularity) for unit in self.layers[0]), 0.0)
+        for unit, distance in zip(target.names, distances, strict=True):
+            totals[layer_of(unit, self.granularity)] += distance
+        return {TARGET_DISTANCE: list(totals.values())}
 
     def scopes(self) -> Scopes:
         """All of them. Raises ValueError if the clients' layers differ."""

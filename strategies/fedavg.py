@@ -12,7 +12,7 @@ from torch import Tensor
 from fedwsa import messages
 from fedwsa.config import Config
 from fedwsa.simulation.folding import Fold, MakeFold, fold
-from strategies.aggregation import MeanFold, MeanMetrics, weight_of
+from strategies.aggregation import MeanFold, MeanMetrics, Weigh, weight_of
 from strategies.holdout import Holdout
 from strategies.sampling import broadcast, draw, each
 
@@ -43,7 +43,7 @@ class FedAvg(Strategy):
         self.seed = seed
         self.timeout = timeout
 
-    weigh = staticmethod(weight_of)
+    weigh: Weigh = staticmethod(weight_of)
     """A reply's weight in the means of models and of scopes; `equal` in subclasses whose source has a plain mean."""
 
     @classmethod

@@ -43,6 +43,7 @@ class Passage:
     usable: int = 0
     bytes_up: int = 0  # logical payload of all that was received
     failures: list[tuple[int, str]] = field(default_factory=list)  # node id, and why
+    counted: tuple[str, ...] = ()  # metrics that a reply has to have besides, see `messages.COUNTED`
 
     def check(self, reply: Message, server_round: int, layouts: Layouts | None) -> bool:
         """Whether a reply may pass. layouts: of the arrays that it has to carry, if any."""
@@ -50,7 +51,7 @@ class Passage:
         if reply.has_content():
             with suppress(Exception):  # whatever a client calls a type; the check will say so
                 self.bytes_up += messages.payload_bytes(reply.content)
-        fault = _fault(reply, server_round, layouts)
+        fault = _fault(reply, server_round, layouts, self.counted)
         if fault is None:
             self.usable += 1
         else:
@@ -70,7 +71,7 @@ class Gate(Strategy):
 
     A reply passes if it answers this round's message, carries the records of arrays that were sent (the model and what
     the strategy adds to it) with the same names in their order, shapes and types and with finite numbers, and one
-    metric record with finite values and 0 < num-examples ≤ 10⁹.
+    metric record with finite values and 0 < num-examples ≤ 10⁹, and the counts that the objective asks for.
     Others are left out; `failures` says why, one line each, for the phase that ended last.
 
     min_replies: usable replies that a training round needs; with fewer it is a NoUsableReplyError.
@@ -89,6 +90,7 @@ class Gate(Strategy):
         self.sent: list[Metadata] = []
         self.bytes_down = 0
         self._layouts: Layouts = {}
+        self._counted: tuple[str, ...] = ()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -97,6 +99,9 @@ class Gate(Strategy):
         marked = self._marked(server_round, self.strategy.configure_train(server_round, arrays, config, grid))
         sent = {messages.ARRAYS: arrays, **(marked[0].content if marked else {})}
         self._layouts = {key: _layout(record) for key, record in sent.items() if isinstance(record, ArrayRecord)}
+        asked = sent.get(messages.CONFIG)
+        objective = asked.get(messages.OBJECTIVE) if isinstance(asked, ConfigRecord) else None
+        self.passage.counted = self._counted = messages.COUNTED.get(str(objective), ())
         return marked
 
     def aggregate_train(
@@ -115,7 +120,7 @@ class Gate(Strategy):
         """Parts of what `conclude_train` takes, where the wrapped strategy has such: workers check the replies then."""
         inner = getattr(self.strategy, "folding", None)
         make = inner() if inner else None
-        return partial(_GatedFold, make, server_round, self._layouts) if make else None
+        return partial(_GatedFold, make, server_round, self._layouts, self._counted) if make else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of all replies."""
@@ -211,8 +216,8 @@ class Gate(Strategy):
 class _GatedFold:
     """What passed the gate, and the wrapped strategy's part of the replies that did."""
 
-    def __init__(self, make: MakeFold, server_round: int, layouts: Layouts) -> None:
-        self.passage, self.inner = Passage(), make()
+    def __init__(self, make: MakeFold, server_round: int, layouts: Layouts, counted: tuple[str, ...]) -> None:
+        self.passage, self.inner = Passage(counted=counted), make()
         self._server_round: int = server_round
         self._layouts: Layouts = layouts
 
@@ -242,7 +247,7 @@ def _layout(arrays: ArrayRecord) -> Layout:
     return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
 
 
-def _fault(reply: Message, server_round: int, layouts: Layouts | None) -> str | None:
+def _fault(reply: Message, server_round: int, layouts: Layouts | None, counted: tuple[str, ...]) -> str | None:
     """Why a reply cannot be used, or None. layouts: of the arrays that it has to carry, if any."""
     if reply.has_error():
         lines = (reply.error.reason or "").strip().splitlines()
@@ -251,7 +256,7 @@ def _fault(reply: Message, server_round: int, layouts: Layouts | None) -> str | 
         return f"answers round {reply.metadata.group_id!r}, not {server_round}"
     if fault := _kinds_fault(reply.content, MetricRecord, [messages.METRICS], "metric"):
         return fault
-    if fault := _metrics_fault(messages.metrics_of(reply)):
+    if fault := _metrics_fault(messages.metrics_of(reply), counted):
         return fault
     if layouts is None:
         return None
@@ -267,10 +272,14 @@ def _kinds_fault(content: RecordDict, kind: type, keys: list[str], name: str) ->
     return None if found == sorted(keys) else f"{name} records are {found}, not {sorted(keys)}"
 
 
-def _metrics_fault(metrics: MetricRecord) -> str | None:
+def _metrics_fault(metrics: MetricRecord, counted: tuple[str, ...]) -> str | None:
     examples = metrics.get(messages.NUM_EXAMPLES)
     if not (isinstance(examples, int | float) and 0 < examples <= messages.MAX_EXAMPLES):
         return f"{messages.NUM_EXAMPLES} is {examples!r}, not a number in (0, {messages.MAX_EXAMPLES}]"
+    for key in counted:
+        count = metrics.get(key)
+        if not (isinstance(count, int | float) and 1 <= count <= messages.MAX_EXAMPLES):
+            return f"{key} is {count!r}, not a number in [1, {messages.MAX_EXAMPLES}]"
     for key, value in metrics.items():
         if not all(math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
             return f"metric {key!r} is not finite"

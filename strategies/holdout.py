@@ -15,3 +15,9 @@ class Holdout:
     model: nn.Module
     images: Tensor
     labels: Tensor
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that train; of a weight under two names both."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in named if parameter.requires_grad)

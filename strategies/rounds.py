@@ -1,5 +1,6 @@
 """The round loop: one strategy from its start, or its last checkpoint, to its final model."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from fedwsa.run_folder import RunFolderError, StrategyFolder
 from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.simulation.states import pack_states, unpack_states
 from fedwsa.tracing import span
-from strategies.aggregation import SCOPE_DISTANCE
 from strategies.gate import Gate
 
 Event = dict[str, Any]
@@ -62,8 +62,8 @@ class Rounds:
             tracing.mark("round")
             arrays = self._train(server_round, arrays)
             if server_round % self.config.evaluate_every == 0 or server_round == self.config.rounds:
-                self._evaluate_clients(server_round, arrays)
-                self._record({"round": server_round, **self.evaluate(arrays)})
+                by_clients = self._evaluate_clients(server_round, arrays)
+                self._record({"round": server_round, **(by_clients or self.evaluate(arrays))})
             if server_round % self.config.checkpoint_every == 0:
                 states = pack_states(self.grid.states) if isinstance(self.grid, SimulationGrid) else {}
                 with span("record"):
@@ -91,12 +91,15 @@ class Rounds:
         self._record_phase("train", server_round, metrics, start, messages.layer_names(arrays))
         return arrays if updated is None else updated
 
-    def _evaluate_clients(self, server_round: int, arrays: ArrayRecord) -> None:
-        start = time.perf_counter()
+    def _evaluate_clients(self, server_round: int, arrays: ArrayRecord) -> Event | None:
+        """Gives the server's evaluation too where the clients have made it, of models that the server does not have."""
+        start, test = time.perf_counter(), None
         outgoing = list(self.strategy.configure_evaluate(server_round, arrays, self._settings(), self.grid))
         if outgoing:
             metrics = self.strategy.aggregate_evaluate(server_round, self._replies(outgoing))
+            test = _of_test_split(metrics) if metrics else None
             self._record_phase("evaluate-clients", server_round, metrics, start)
+        return test
 
     def _settings(self) -> ConfigRecord:
         """What every message says besides; real clients tell by it whether what they keep is of this strategy."""
@@ -119,10 +122,9 @@ class Rounds:
             "bytes_up": self.strategy.passage.bytes_up,
             "seconds": time.perf_counter() - start,
         }
-        if SCOPE_DISTANCE in values:
+        if by_layer := {key: value for key, value in values.items() if isinstance(value, list)}:
             event["layers"] = list(layers)
-            for key in (SCOPE_DISTANCE, messages.SCOPE_MEANS, messages.SCOPE_VARIANCES):
-                event[key.replace("-", "_")] = values[key]
+            event |= {key.replace("-", "_"): [_known(each) for each in value] for key, value in by_layer.items()}
         if self.strategy.failures:
             event["failures"] = self.strategy.failures[:SHOWN_FAILURES]
         self._record(event)
@@ -131,3 +133,24 @@ class Rounds:
         with span("record"):
             self.folder.record(event)
             self.notify(self.name, event)
+
+
+def _of_test_split(metrics: MetricRecord) -> Event | None:
+    """Taken out of the clients' metrics; its time counts there."""
+    start = time.perf_counter()
+    if messages.TEST_ACCURACY not in metrics:
+        return None
+    found: dict[str, Any] = {
+        key: metrics.pop(key) for key in (messages.TEST_EXAMPLES, messages.TEST_LOSS, messages.TEST_ACCURACY)
+    }
+    return {
+        "phase": "evaluate-server",
+        "metrics": {"loss": found[messages.TEST_LOSS], "accuracy": found[messages.TEST_ACCURACY]},
+        "num_examples": round(found[messages.TEST_EXAMPLES]),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _known(number: float) -> float | None:
+    """JSON has no NaN: null where a layer has no such number."""
+    return number if math.isfinite(number) else None

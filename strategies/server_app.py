@@ -19,6 +19,7 @@ from fedwsa.tracing import span
 from partitions import stored
 from strategies.evaluation import CentralEvaluation
 from strategies.gate import Gate
+from strategies.measures import Measures
 from strategies.rounds import Event, Notify, Rounds
 
 
@@ -92,6 +93,9 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
         if strategy_folder.final.exists():
             continue
         strategy = strategies.build(name, config, holdout)
+        if config.measure_every:
+            looked_at = strategies.Holdout(evaluate_arrays.model, holdout.images, holdout.labels)
+            strategy = Measures(strategy, looked_at, config.measure_every)
         gate = Gate(strategy, min_replies=config.min_replies, fail=config.on_client_failure == "fail")
         Rounds(name, gate, grid, config, strategy_folder, evaluate_arrays, notify).run(
             {name: tensor.clone() for name, tensor in initial.items()}

@@ -19,6 +19,7 @@ from fedwsa.divergence import divergence_of
 from fedwsa.granularity import GRANULARITIES
 from fedwsa.scope import VARIANCE_FUSIONS, WeightScope, measure, moving_average
 from fedwsa.simulation.folding import Fold, MakeFold
+from fedwsa.simulation.sending import Replies
 from fedwsa.stability import Descent, warning
 from strategies.aggregation import ScopeStatistics, Weigh, weight_of
 from strategies.fedavg import FedAvg
@@ -170,16 +171,16 @@ class WeightScopeAlignment(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the wrapped strategy makes of the replies; the fused scope and its distances join the metrics."""
-        scopes = _Scopes(self.granularity, self._weigh)
-        arrays, metrics = self.strategy.aggregate_train(server_round, _stripped(replies, scopes))
-        return self._follow(arrays, metrics, scopes)
+        scopes = _Scopes(self.granularity, self.weigh)
+        arrays, metrics = self.strategy.aggregate_train(server_round, Replies(_stripped(replies, scopes)))
+        return self._follow(server_round, arrays, metrics, scopes)
 
     def folding(self) -> MakeFold | None:
         """Parts of what `conclude_train` takes, where the wrapped strategy has such."""
         inner = getattr(self.strategy, "folding", None)
         own = type(self).aggregate_train is WeightScopeAlignment.aggregate_train
         make = inner() if inner and own else None
-        return partial(_ScopedFold, make, self.granularity, self._weigh) if make else None
+        return partial(_ScopedFold, make, self.granularity, self.weigh) if make else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of the replies."""
@@ -187,19 +188,20 @@ class WeightScopeAlignment(Strategy):
             return None, None
         assert isinstance(folded, _ScopedFold)
         arrays, metrics = self.strategy.conclude_train(server_round, folded.inner)  # type: ignore[attr-defined]
-        return self._follow(arrays, metrics, folded.scopes)
+        return self._follow(server_round, arrays, metrics, folded.scopes)
 
     @property
-    def _weigh(self) -> Weigh:
+    def weigh(self) -> Weigh:
         """Scopes are fused with the weights with which the wrapped strategy takes its mean, where it says them."""
         weigh: Weigh = getattr(self.strategy, "weigh", weight_of)
         return weigh
 
     def _follow(
-        self, arrays: ArrayRecord | None, metrics: MetricRecord | None, scopes: "_Scopes"
+        self, server_round: int, arrays: ArrayRecord | None, metrics: MetricRecord | None, scopes: "_Scopes"
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if not arrays:
             return arrays, metrics
+        sent = self.target if self.strength_of(server_round) > 0 else None
         by_layer = self._fused(arrays, scopes.layers)
         fused = by_layer if scopes.units is scopes.layers else self._fused(arrays, scopes.units)
         if fused and self.follows_clients:
@@ -207,7 +209,8 @@ class WeightScopeAlignment(Strategy):
             self.target = moving_average(before, fused, self.target_momentum)
         if by_layer is None:
             return arrays, metrics
-        return arrays, MetricRecord({**(metrics or {}), **scopes.layers.metrics(by_layer)})
+        to_target = scopes.units.target_metrics(sent) if sent else {}
+        return arrays, MetricRecord({**(metrics or {}), **scopes.layers.metrics(by_layer), **to_target})
 
     def _fused(self, arrays: ArrayRecord, scopes: ScopeStatistics) -> WeightScope | None:
         merged = _scope(arrays, scopes.granularity) if self.variance == "merged" else None

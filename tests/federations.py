@@ -188,6 +188,26 @@ def ask(
     return model, dict(reply.content.metric_records[messages.METRICS])
 
 
+def train_one(
+    config: Config,
+    arrays: Mapping[str, ArrayRecord],
+    settings: Mapping[str, Any],
+    *,
+    client: int = 0,
+    server_round: int = 1,
+    state: RecordDict | None = None,
+) -> tuple[RecordDict, RecordDict]:
+    """What our client replies to a train message with these records, and what it keeps; state: what it kept before."""
+    identify()
+    entries = {messages.SERVER_ROUND: server_round, messages.VERSION: messages.SCHEMA_VERSION, **settings}
+    message = Message(RecordDict({**arrays, "config": ConfigRecord(entries)}), dst_node_id=1, message_type="train")
+    population = Population(client_app, config.num_clients, config.to_run_config())
+    given = answer(population, Job(message, client, state))
+    if given.reply.has_error():
+        raise RuntimeError(given.reply.error.reason.strip().splitlines()[-1])
+    return given.reply.content, given.state
+
+
 def alignment_towards(factor: float, model: Mapping[str, Tensor], **options: Any) -> messages.Alignment:
     """Layers as in `model`, with `factor` times the standard deviation."""
     layers = {name: tensor.double() for name, tensor in model.items() if tensor.ndim >= 2}

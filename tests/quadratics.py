@@ -1,6 +1,6 @@
 """Clients whose loss is a quadratic, h/2 ‖w − c‖², in float64: where they are led has a closed form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from clients.objectives import Task, asked_for
+from clients.objectives import Objective, Task, asked_for
 from clients.optimizers import step_of
 from fedwsa import messages
 from fedwsa.arrays import fill, pack
@@ -50,11 +50,16 @@ def clients_of(
         centre = torch.tensor(centres[k], dtype=torch.float64)
         model = Point(len(centre))
         fill(model, messages.arrays_of(message))
-        objective = asked_for(Task(model, {"w": model.w}, message, context, config))
+
+        def gradient() -> torch.Tensor:
+            return centre.clone() if slopes else curvatures[k] * (model.w.detach() - centre)
+
+        task = Task(model, {"w": model.w}, message, context, config, lambda: {"w": gradient()})
+        objective = (asked_for(messages.config_of(message)) or Objective)(task)
         step = step_of([model.w], config)
         number = steps if isinstance(steps, int) else steps[k]
         for _ in range(number):
-            model.w.grad = centre.clone() if slopes else curvatures[k] * (model.w.detach() - centre)
+            model.w.grad = gradient()
             objective.add_gradient()
             step()
         metrics = MetricRecord({"num-examples": examples[k] if examples else 1, "loss": 0.0})
@@ -71,9 +76,26 @@ def point(*values: float) -> ArrayRecord:
 
 def play(strategy: Strategy, app: ClientApp, num_clients: int, rounds: int, start: ArrayRecord) -> np.ndarray:
     """The global w after so many rounds with all the gate's checks; whoever the strategy draws takes part."""
+    for w, _ in watch(strategy, app, num_clients, rounds, start):
+        last = w
+    return last
+
+
+def watch(
+    strategy: Strategy, app: ClientApp, num_clients: int, rounds: int, start: ArrayRecord
+) -> Iterator[tuple[np.ndarray, SimulationGrid]]:
+    """The global w after each round, and the grid, whose states are what the clients keep (`kept`)."""
     grid: SimulationGrid = grid_of(app, num_clients)
     arrays, gate = start, Gate(strategy)
     for server_round in range(1, rounds + 1):
         outgoing = gate.configure_train(server_round, arrays, ConfigRecord({"strategy": "own"}), grid)
         arrays, _ = gate.aggregate_train(server_round, grid.send_and_receive(outgoing))
-    return arrays["w"].numpy()
+        yield arrays["w"].numpy(), grid
+
+
+def kept(grid: SimulationGrid, what: str, size: int) -> np.ndarray:
+    """What each client keeps under a name, [clients, size]; zeros of those that keep nothing."""
+    rows = np.zeros((grid.num_clients, size))
+    for client, state in grid.states.items():
+        rows[client] = state[f"{what} own"]["w"].numpy()
+    return rows

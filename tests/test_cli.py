@@ -252,7 +252,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown shift": (("run", "--set=feature-shift=x"), r"unknown feature shift 'x': registered are contrast, .*"),
     "unknown augmentation": (("run", "--set=augmentation=x"), r"unknown augmentation 'x': registered are crop-.*"),
     "size of digits": (("run", "--set=image-size=9"), r"image-size = 9: the images of digits have one size; .*"),
-    "unknown strategy": (("run", "--strategies=fedavgg"), r"unknown strategy 'fedavgg': registered are fedavg, .*"),
+    "unknown strategy": (("run", "--strategies=fedavgg"), r"unknown strategy 'fedavgg': registered are central, .*"),
     "unknown partitioner": (("run", "--set=partitioner=x"), r"unknown partitioner 'x': registered are dirichlet, .*"),
     "path to nowhere": (("run", "--set=model=torch:nothing"), r"unknown model 'torch:nothing' \(.*\): registered .*"),
     "no such split": (

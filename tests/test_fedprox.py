@@ -52,7 +52,7 @@ def test_term_is_the_gradient_of_the_penalty(optimizer):
     settings = {messages.OBJECTIVE: "fedprox", messages.PROXIMAL_MU: 3.0}
     state, _ = ask(config, client=2, server_round=4, start=initial_model(1), settings=settings)
 
-    model = models.build("mlp", (1, 8, 8), 10, seed=1)
+    model = models.placed(models.build("mlp", (1, 8, 8), 10, seed=1), torch.device("cpu"))
     start = [each.detach().clone() for each in model.parameters()]
     kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam
     theirs = kind(model.parameters(), lr=0.01)

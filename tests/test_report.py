@@ -316,7 +316,7 @@ def test_accuracy_has_a_panel_an_alpha_and_names_the_target(sweep: Path) -> None
 def test_a_line_is_the_mean_over_the_rounds_that_all_seeds_have() -> None:
     axes = Figure().subplots()
     lines: dict[str, Any] = {}
-    figures._draw_seeds(axes, [{0: 0.0, 1: 10.0, 2: 20.0}, {0: 4.0, 1: 30.0}, {}], 1, "wsa", lines)
+    figures.draw_seeds(axes, [{0: 0.0, 1: 10.0, 2: 20.0}, {0: 4.0, 1: 30.0}, {}], 1, "wsa", lines)
     assert lines["wsa"].get_xydata().tolist() == [[0.0, 2.0], [1.0, 20.0]]
     (band,) = axes.collections
     assert band.get_paths()[0].get_extents().bounds == (0.0, 0.0, 1.0, 30.0)

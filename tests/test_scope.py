@@ -2,6 +2,7 @@ import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from torch.distributions import kl_divergence as torch_kl
 
 from fedwsa.scope import (
     VARIANCE_FUSIONS,
+    Scopes,
     WeightScope,
     degenerate,
     fuse,
@@ -21,6 +23,7 @@ from fedwsa.scope import (
     measure,
     proximal_coefficients,
     scope_distance,
+    scope_spread,
 )
 
 quick = settings(max_examples=30, deadline=None)
@@ -280,6 +283,33 @@ def test_scope_distance_by_hand():
     clients = [scope((0, 2), (0, 1)), scope((2, 2), (0, 2))]
     distance = scope_distance(clients, [1, 3], scope((0, 2), (0, 2)))
     assert distance.tolist() == pytest.approx([3 / 8, (math.log(2) - 3 / 8) / 4], rel=1e-14)
+
+
+def test_scope_spread_by_hand():
+    # layer a: means 0 and 2, shares 1/4 and 3/4: √(1/4·3/4)·2; stds 1 and 3 likewise; layer b: equal scopes
+    mean_spread, std_spread = scope_spread([scope((0, 1), (0.1, 0.3)), scope((2, 3), (0.1, 0.3))], [1, 3])
+    assert mean_spread.tolist() == [pytest.approx(math.sqrt(3) / 2, rel=1e-14), 0.0]
+    assert std_spread.tolist() == [pytest.approx(math.sqrt(3) / 2, rel=1e-14), 0.0]
+
+
+@given(k=st.integers(1, 8), seed=seeds)
+def test_scope_spread_is_the_weighted_standard_deviation(k, seed):
+    rng = np.random.default_rng(seed)
+    means, stds, weights = rng.normal(size=(k, 3)), rng.uniform(0, 2, (k, 3)), rng.uniform(1, 9, k)
+    clients = [scope(*zip(m, s, strict=True)) for m, s in zip(means, stds, strict=True)]
+    for found, values in zip(scope_spread(clients, weights.tolist()), (means, stds), strict=True):
+        centre = np.average(values, axis=0, weights=weights)
+        expected = np.sqrt(np.average((values - centre) ** 2, axis=0, weights=weights))
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_some_of_the_layers():
+    every = Scopes.of([scope((0, 1), (2, 3)), scope((4, 5), (6, 7))])
+    some = every.only(("b",))
+    assert (some.names, some.means.tolist(), some.variances.tolist()) == (("b",), [[2], [6]], [[9], [49]])
+    assert every.only(("b", "a")).means.tolist() == [[2, 0], [6, 4]]
+    with pytest.raises(KeyError, match="c"):
+        every.only(("c",))
 
 
 # ---- the affine maps

@@ -30,7 +30,7 @@ from clients.training import train
 from fedwsa import models
 from fedwsa.arrays import pack
 from fedwsa.run_folder import StrategyFolder
-from fedwsa.scope import VARIANCE_FUSIONS
+from fedwsa.scope import VARIANCE_FUSIONS, WeightScope
 from fedwsa.seeding import torch_generator, torch_seed
 from fedwsa.simulation import simulate
 from strategies import FedAvg, WeightScopeAlignment
@@ -164,6 +164,44 @@ def test_scope_distance_is_the_mean_divergence_from_the_fusion(strategy, varianc
         np.testing.assert_allclose(event["scope_variances"], fused_variance, rtol=1e-6)
 
 
+def test_spread_of_the_scopes_is_recorded(tmp_path):
+    seen: list[Seen] = []
+    run(tiny(strategies=("fedavg",)), tmp_path, spying(seen))
+    for event in (each for each in lines(tmp_path / "fedavg" / "metrics.jsonl") if each["phase"] == "train"):
+        means, variances, p = mean_and_weights(of_round(seen, event["round"]))
+        for key, values in (("scope_mean_spread", means), ("scope_std_spread", np.sqrt(variances))):
+            expected = np.sqrt((p * (values - (p * values).sum(0)) ** 2).sum(0))
+            np.testing.assert_allclose(event[key], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("target", ["fused", "initial"])
+def test_target_distance_is_that_of_the_target_that_was_sent(target, tmp_path):
+    seen = run_wsa(tmp_path, target=target)
+    for event in (each for each in lines(tmp_path / "fedavg-wsa" / "metrics.jsonl") if each["phase"] == "train"):
+        replies = of_round(seen, event["round"])
+        means, variances, p = mean_and_weights(replies)
+        sent = replies[0].alignment.target
+        clients = torch.distributions.Normal(torch.tensor(means), torch.tensor(variances).sqrt())
+        divergence = torch.distributions.kl_divergence(
+            clients, torch.distributions.Normal(sent.means, sent.variances.sqrt())
+        )
+        np.testing.assert_allclose(event["target_distance"], (p * divergence.numpy()).sum(0), rtol=1e-5, atol=1e-9)
+        assert event["target_distance"] > event["scope_distance"]  # the fusion is nearer
+
+
+def test_distance_to_a_target_of_some_layers_by_hand():
+    """Scopes N(0, 1) and N(2, 4), weights 1 and 3, target N(0, 4): ln 2 − 3/8 and 1/2; the free layer has none."""
+    arrays = {"free": np.zeros((1, 2), np.float32), "w": np.zeros((2, 2), np.float32)}
+    clients = canned(
+        (arrays, {"num-examples": 1, "scope-means": [5.0, 0.0], "scope-variances": [1.0, 1.0]}),
+        (arrays, {"num-examples": 3, "scope-means": [6.0, 2.0], "scope-variances": [1.0, 4.0]}),
+    )
+    target = WeightScope(("w",), torch.zeros(1, dtype=torch.float64), torch.full((1,), 4.0, dtype=torch.float64))
+    strategy = WeightScopeAlignment(FedAvg(2, seed=0), target=target)
+    _, metrics = one_round(strategy, grid_of(clients, 2), record(arrays))
+    assert metrics["target-distance"] == [0.0, pytest.approx(0.25 * (np.log(2) - 3 / 8) + 0.75 * 0.5, rel=1e-12)]
+
+
 def test_distance_and_fusion_by_hand():
     """Scopes N(0, 1) and N(2, 4), weights 1 and 3: fused N(1.5, 3.25)."""
     w = np.zeros((2, 2), np.float32)
@@ -254,7 +292,8 @@ def test_flowers_strategies_are_aligned_and_see_no_scope(base):
         targets = [message.alignment.target for message in of_round(seen, server_round + 1)]
         assert all(target == targets[0] for target in targets)
         assert metrics[server_round]["scope-means"] == targets[0].means.tolist()
-        assert metrics[server_round].keys() == {"loss", "scope-distance", "scope-means", "scope-variances"}
+        recorded = {"scope-distance", "scope-means", "scope-variances", "scope-mean-spread", "scope-std-spread"}
+        assert metrics[server_round].keys() == {"loss", *recorded, "target-distance"}
 
 
 @pytest.mark.parametrize("base", [flower.FedAvg, flower.FedAdam, flower.FedMedian])

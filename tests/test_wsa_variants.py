@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from clients.training import train
 from experiments.run import check
 from fedwsa import messages, models
+from fedwsa.arrays import pack
 from fedwsa.config import ConfigError
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.run_folder import StrategyFolder
@@ -138,6 +139,27 @@ def test_what_cannot_be_is_refused(options, message):
         WeightScopeAlignment(FedAvg(1, seed=0), **options)
 
 
+def test_relative_strength_is_reported_and_no_other(tmp_path):
+    elsewhere = {"target": "gaussian", "target-std": 0.1}  # at the target itself λ is what the bound allows
+    seen = run_wsa(tmp_path, schedule="relative", share=0.1, **elsewhere)
+    for event in (each for each in lines(tmp_path / "fedavg-wsa" / "metrics.jsonl") if each["phase"] == "train"):
+        replies = [message.metrics for message in seen if message.server_round == event["round"]]
+        found = [metrics["scope-strength"] for metrics in replies]
+        assert min(found) > 0
+        assert len(set(found)) == 3
+        mean = np.average(found, weights=[metrics["num-examples"] for metrics in replies])
+        assert event["metrics"]["scope-strength"] == pytest.approx(mean, rel=1e-12)
+    assert all("scope-strength" not in message.metrics for message in run_wsa(tmp_path / "constant"))
+
+
+def test_a_strength_that_is_found_disturbs_no_strategy_of_flowers():
+    strategy = WeightScopeAlignment(FedMedian(fraction_evaluate=0.0), schedule="relative", share=0.1)
+    gate = Gate(strategy)
+    _, metrics = one_round(gate, grid_of(spying([]), 6, tiny().to_run_config()), pack(initial_model()))
+    assert gate.failures == []
+    assert metrics["scope-strength"] > 0
+
+
 # ---- divergences and granularities
 
 
@@ -185,6 +207,23 @@ def test_units_are_sent_fused_and_sent_back(granularity, variance, tmp_path):
     target = seen[0].alignment.target
     np.testing.assert_allclose(target.means, [unit.mean() for unit in first.values()], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(target.variances, [unit.var() for unit in first.values()], rtol=1e-9)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "model"])
+def test_target_distance_of_a_layer_is_the_sum_over_its_units(granularity, tmp_path):
+    seen = run_wsa(tmp_path, granularity=granularity, rounds=2)
+    for event in (each for each in lines(tmp_path / "fedavg-wsa" / "metrics.jsonl") if each["phase"] == "train"):
+        replies = [message for message in seen if message.server_round == event["round"]]
+        weights = np.array([reply.metrics["num-examples"] for reply in replies], dtype=np.float64)
+        target = replies[0].alignment.target
+        totals = dict.fromkeys(LAYERS if granularity == "channel" else ["model"], 0.0)
+        for reply, weight in zip(replies, weights / weights.sum(), strict=True):
+            for i, (name, unit) in enumerate(unit_weights(reply.model, granularity).items()):
+                mean, variance = target.means[i].item(), target.variances[i].item()
+                ratio = unit.var() / variance
+                kl = 0.5 * (ratio - np.log(ratio) - 1 + (unit.mean() - mean) ** 2 / variance)
+                totals[name.partition("[")[0]] += weight * kl
+        np.testing.assert_allclose(event["target_distance"], list(totals.values()), rtol=1e-6)
 
 
 @pytest.mark.parametrize("granularity", ["channel", "model"])

@@ -1,7 +1,9 @@
 """What every client objective is."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from flwr.app import Context, Message, RecordDict
 from torch import Tensor, nn
 
@@ -14,7 +16,9 @@ class Task:
 
     model: filled with what the server sent. parameters: those that train and that the server averages, by name; at
     this point with the server's numbers. message: the server's, with its settings and what it sent besides the model.
-    context: the client's, for what it keeps from round to round (`clients.memory`).
+    context: the client's, for what it keeps from round to round (`clients.memory`). gradient: gives that of the mean
+    loss over all the client's samples, where the model stands at the call, by the names of all parameters that train;
+    None for a client that has no way to it.
     """
 
     model: nn.Module
@@ -22,6 +26,7 @@ class Task:
     message: Message
     context: Context
     config: Config
+    gradient: Callable[[], dict[str, Tensor]] | None = None
 
 
 class Objective:
@@ -43,3 +48,13 @@ class Objective:
 
     def finish(self, reply: RecordDict, steps: int) -> None:
         """After so many steps, the model as it will be sent: keep what is to be kept, add what the server is to get."""
+
+
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Their `.grad`, to be added to; made, as zeros, where the loss does not reach a parameter."""
+    gradients = []
+    for weights in parameters:
+        if weights.grad is None:
+            weights.grad = torch.zeros_like(weights)
+        gradients.append(weights.grad)
+    return gradients

@@ -1,0 +1,110 @@
+"""The figures of what averaging does: each measure that the events hold, and nothing where they hold none."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from test_report import STRATEGIES, fake_run, page_of, svg_texts
+
+from experiments import figures, round_figures
+from experiments.results import layer_numbers, read_run, train_metric
+from experiments.round_figures import PANELS, averaging_figure, std_spread
+
+METRICS = {"update-cosine": 0.1, "update-norm": 2.0, "round-barrier": -0.5}
+
+
+def measured(folder: Path, every: int = 2, **changes: Any) -> Path:
+    """The folder of a run whose training events have measures in every so many rounds, and spreads in all."""
+    fake_run(folder, rounds=6, **changes)
+    for path in folder.rglob("*/metrics.jsonl"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            if event["phase"] == "train":
+                event["scope_std_spread"] = [0.01 * event["round"], 0.0, 0.02]
+                if event["round"] % every == 0:
+                    event["metrics"] |= METRICS
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def lines_of(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[list[float]]]]:
+    """Panel → the points of its lines, as they are drawn."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
+    averaging_figure(read_run(run_dir), 0.1)
+    (figure,) = drawn
+    return {axes.get_title(loc="left"): [line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes}
+
+
+def test_each_line_holds_the_numbers_of_the_events(tmp_path, monkeypatch):
+    panels = lines_of(measured(tmp_path / "run"), monkeypatch)
+    assert list(panels) == list(PANELS)
+    for title, value in zip(PANELS, METRICS.values(), strict=False):
+        assert panels[title][: len(STRATEGIES)] == [[[r, value] for r in (2.0, 4.0, 6.0)]] * len(STRATEGIES)
+    mean_over_layers = [[r, pytest.approx((0.01 * r + 0.02) / 3)] for r in range(1, 7)]
+    assert panels["spread of σ"] == [mean_over_layers] * len(STRATEGIES)
+
+
+def test_zero_is_drawn_where_something_lies_below_it(tmp_path, monkeypatch):
+    panels = lines_of(measured(tmp_path / "run", strategies=("fedavg",)), monkeypatch)
+    assert {title: len(points) for title, points in panels.items()} == {
+        "cosine between updates": 1,
+        "norm of an update": 1,
+        "barrier of the round (nats)": 2,
+        "spread of σ": 1,
+    }
+
+
+def test_a_run_without_measures_has_the_spread_alone(tmp_path):
+    texts = svg_texts(averaging_figure(read_run(measured(tmp_path / "run", every=99)), 0.1))
+    assert {"spread of σ", *STRATEGIES} <= set(texts)
+    assert not {"cosine between updates", "norm of an update", "barrier of the round (nats)"} & set(texts)
+
+
+def test_a_strategy_that_measured_nothing_has_no_line(tmp_path):
+    folder = measured(tmp_path / "run")
+    fake = fake_run(tmp_path / "other", rounds=6)
+    (folder / "np-merge" / "metrics.jsonl").write_bytes((fake / "np-merge" / "metrics.jsonl").read_bytes())
+    texts = svg_texts(averaging_figure(read_run(folder), 0.1))
+    assert "fedavg-wsa" in texts
+    assert "np-merge" not in texts
+
+
+def test_an_older_run_has_no_figure_and_a_report_all_the_same(tmp_path):
+    folder = fake_run(tmp_path / "run", rounds=2)
+    assert averaging_figure(read_run(folder), 0.1) is None
+    assert "Nothing of it was measured." in page_of(folder).of("p")
+
+
+def test_the_report_has_a_figure_for_every_alpha_and_says_what_it_shows(tmp_path):
+    folder = measured(tmp_path / "run", alphas=(0.1, 1.0), seeds=(0, 1))
+    with (folder / "config.toml").open("a") as file:
+        file.write("measure-every = 2\n")
+    page = page_of(folder)
+    texts = page.of("text")
+    assert {f"cosine between updates, α = {alpha}" for alpha in ("0.1", "1")} <= set(texts)
+    said = " ".join(" ".join(text for _, text in page.texts).split())
+    assert "All but the last are measured every 2 rounds." in said
+    assert "NP-Merge has learnt on these samples" in said
+    assert "Nothing of it was measured." not in said
+
+
+def test_drawing_again_gives_the_same_bytes(tmp_path):
+    run = read_run(measured(tmp_path / "run"))
+    assert averaging_figure(run, 0.1) == averaging_figure(run, 0.1)
+    assert not re.search(r"\d{4}-\d\d-\d\d", averaging_figure(run, 0.1))
+
+
+def test_what_is_read_from_events():
+    events = [
+        {"round": 0, "phase": "evaluate-server", "metrics": {"update-norm": 9.0}},
+        {"round": 1, "phase": "train", "metrics": {}, "layers": ["a", "b"], "scope_std_spread": [1.0, 3.0]},
+        {"round": 2, "phase": "train", "metrics": {"update-norm": 5.0}, "layers": ["a"], "layer_update_norms": [None]},
+    ]
+    assert train_metric(events, "update-norm") == {2: 5.0}
+    assert std_spread(events) == {1: 2.0}
+    assert layer_numbers(events, "layer_update_norms") == {2: {"a": pytest.approx(float("nan"), nan_ok=True)}}
+    assert round_figures.PANELS["norm of an update"](events) == {2: 5.0}
