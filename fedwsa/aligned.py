@@ -44,6 +44,7 @@ class _Layer:
     target_variance: float
     largest: float  # of the parameter's dtype
     quick: bool
+    anchor: Tensor  # a number's place, see `_move`
 
 
 class LayerUnits:
@@ -58,26 +59,27 @@ class LayerUnits:
             if usable(mean, variance) and parameter.numel() > 1:
                 size, largest = float(parameter.numel()), torch.finfo(parameter.dtype).max
                 quick = parameter.dtype in (torch.float32, torch.float64)
-                self._layers.append(_Layer(name, parameter, size, mean, variance, largest, quick))
+                anchor = parameter.new_empty(())
+                self._layers.append(_Layer(name, parameter, size, mean, variance, largest, quick, anchor))
             else:
                 unusable.append(name)
         report(unusable)
 
     def add_gradient(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        for weights, a, b, origin in self._maps(terms, held):
-            _add_gradient(weights, a + b * origin, b, origin)
+        for layer, a, b, origin in self._maps(terms, held):
+            _add_gradient(layer.parameter, a + b * origin, b, origin)
 
     def move(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        for weights, a, b, origin in self._maps(terms, held):
-            _move(weights, a + b * origin, b, origin)
+        for layer, a, b, origin in self._maps(terms, held):
+            _move(layer.parameter, a + b * origin, b, origin, layer.anchor)
 
-    def _maps(self, terms: Terms, held: Held) -> Iterator[tuple[Tensor, float, float, float]]:
+    def _maps(self, terms: Terms, held: Held) -> Iterator[tuple[_Layer, float, float, float]]:
         for layer, mean, variance, origin in self._scan(held):
             a, b = terms(mean, variance, layer.target_mean, layer.target_variance, layer.size)
             if _fits(layer.largest, a, b, mean, variance, layer.size):
-                yield layer.parameter, a, b, origin
+                yield layer, a, b, origin
             else:
                 self._report([layer.name])
 
@@ -230,11 +232,16 @@ def _add_gradient(weights: Tensor, constant: float, b: float, origin: float) -> 
     weights.grad.add_(centred, alpha=b).add_(constant)
 
 
-def _move(weights: Tensor, constant: float, b: float, origin: float) -> None:
-    """Replace w by constant + b (w − origin)."""
+def _move(weights: Tensor, constant: float, b: float, origin: float, anchor: Tensor | None = None) -> None:
+    """Replace w by constant + b (w − origin): mostly in one pass, w + t (c − w) with t = 1 − b and c = constant/t.
+
+    anchor: where to put c, if there is such a place; a new one takes as long as a small layer.
+    """
     t = 1 - b
     if not origin and 0 < abs(t) < 0.5 and abs(constant / t) <= torch.finfo(weights.dtype).max:
-        weights.lerp_(torch.scalar_tensor(constant / t, dtype=weights.dtype, device=weights.device), t)  # in one pass
+        suits = anchor is not None and (anchor.device, anchor.dtype) == (weights.device, weights.dtype)
+        place = anchor if anchor is not None and suits else weights.new_empty(())
+        weights.lerp_(place.fill_(constant / t), t)
         return
     if origin:
         weights.sub_(origin)
