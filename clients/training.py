@@ -52,17 +52,18 @@ def train(
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for batch in _batches(order, config.batch_size, model):
             loss = _gradient(model, parameters, images[batch], labels[batch], objective)
-            if config.clip_norm:
-                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-            if objective:
-                objective.add_gradient()
-            if regularizer:
-                if steps == 0 and alignment and alignment.share > 0:
-                    regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
-                regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
-            step()
-            if regularizer:
-                regularizer.proximal_step(config.learning_rate, momentum)
+            with torch.no_grad():
+                if config.clip_norm:
+                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                if objective:
+                    objective.add_gradient()
+                if regularizer:
+                    if steps == 0 and alignment and alignment.share > 0:
+                        regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
+                    regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
+                step()
+                if regularizer:
+                    regularizer.proximal_step(config.learning_rate, momentum)
             total += loss
             steps += 1
     return Training(float(total) / steps, steps, regularizer.strength if regularizer else 0.0)

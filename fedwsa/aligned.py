@@ -5,7 +5,7 @@ update is a + b w. `held`: ids of the parameters that are to be written; None: a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ class _Layer:
 
 
 class LayerUnits:
-    """Each layer a unit: two sums and one affine update, all layers' sums in one transfer."""
+    """Each layer a unit: two sums and one affine update."""
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, report: Report) -> None:
         self._report = report
@@ -67,43 +67,43 @@ class LayerUnits:
 
     def add_gradient(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        for layer, a, b, origin in self._maps(terms, held):
-            _add_gradient(layer.parameter, a + b * origin, b, origin)
+        for layer, total, square in self._sums(held):
+            if update := self._update(layer, total, square, terms):
+                _add_gradient(layer.parameter, *update)
 
     def move(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        for layer, a, b, origin in self._maps(terms, held):
-            _move(layer.parameter, a + b * origin, b, origin, layer.anchor)
+        for layer, total, square in self._sums(held):
+            if update := self._update(layer, total, square, terms):
+                _move(layer.parameter, *update, layer.anchor)
 
-    def _maps(self, terms: Terms, held: Held) -> Iterator[tuple[_Layer, float, float, float]]:
-        for layer, mean, variance, origin in self._scan(held):
-            a, b = terms(mean, variance, layer.target_mean, layer.target_variance, layer.size)
-            if _fits(layer.largest, a, b, mean, variance, layer.size):
-                yield layer, a, b, origin
-            else:
-                self._report([layer.name])
+    def _sums(self, held: Held) -> Iterable[tuple[_Layer, float, float]]:
+        """Each layer that is to be pulled, its Σ w and Σ w²."""
+        layers = [layer for layer in self._layers if _is_written(layer.parameter, held)]
+        flat = [_flat(layer.parameter) for layer in layers]
+        totals, squares = [w.sum() for w in flat], [torch.dot(w, w) for w in flat]
+        return zip(layers, _numbers(totals), _numbers(squares), strict=True)
 
-    def _scan(self, held: Held) -> Iterator[tuple[_Layer, float, float, float]]:
-        """Mean and variance of each layer that is to be pulled, and the origin from which to write its affine update.
+    def _update(self, layer: _Layer, total: float, square: float, terms: Terms) -> tuple[float, float, float] | None:
+        """Constant, b and origin of the layer's affine update constant + b (w − origin), if it can be made.
 
         E[w²] − μ² in the weights' own dtype is quick, and precise while |μ| < σ; then the origin is 0. Other layers are
         measured in float64, and their origin is μ in their dtype, since a + b w would cancel.
         """
-        layers = [layer for layer in self._layers if _is_written(layer.parameter, held)]
-        if not layers:
-            return
-        flat = [layer.parameter.reshape(-1) for layer in layers]
-        sums = _numbers([w.sum() for w in flat] + [torch.dot(w, w) for w in flat])
-        for layer, total, squares in zip(layers, sums[: len(layers)], sums[len(layers) :], strict=True):
-            mean, origin = total / layer.size, 0.0
-            variance = squares / layer.size - mean * mean
-            if not (layer.quick and mean * mean < variance < math.inf):
-                mean, variance = moments(layer.parameter)
-                if not usable(mean, variance):
-                    self._report([layer.name])
-                    continue
-                origin = _rounded(mean, layer.parameter)
-            yield layer, mean, variance, origin
+        size = layer.size
+        mean, origin = total / size, 0.0
+        variance = square / size - mean * mean
+        if not (layer.quick and mean * mean < variance < math.inf):
+            mean, variance = moments(layer.parameter)
+            if not usable(mean, variance):
+                self._report([layer.name])
+                return None
+            origin = _rounded(mean, layer.parameter)
+        a, b = terms(mean, variance, layer.target_mean, layer.target_variance, size)
+        if _fits(layer.largest, a, b, mean, variance, size):
+            return a + b * origin, b, origin
+        self._report([layer.name])
+        return None
 
 
 class ChannelUnits:
@@ -239,18 +239,25 @@ def _move(weights: Tensor, constant: float, b: float, origin: float, anchor: Ten
     """
     t = 1 - b
     if not origin and 0 < abs(t) < 0.5 and abs(constant / t) <= torch.finfo(weights.dtype).max:
-        suits = anchor is not None and (anchor.device, anchor.dtype) == (weights.device, weights.dtype)
-        place = anchor if anchor is not None and suits else weights.new_empty(())
-        weights.lerp_(place.fill_(constant / t), t)
+        if anchor is None or anchor.device != weights.device:
+            anchor = weights.new_empty(())
+        weights.lerp_(anchor.fill_(constant / t), t)
         return
     if origin:
         weights.sub_(origin)
     weights.mul_(b).add_(constant)
 
 
+def _flat(weights: Tensor) -> Tensor:
+    """All weights in the order in which they lie in memory: only then is there nothing to copy."""
+    if weights.ndim == 4 and not weights.is_contiguous():
+        weights = weights.permute(0, 2, 3, 1)  # back from channels last
+    return weights.reshape(-1)
+
+
 def _numbers(scalars: list[Tensor]) -> list[float]:
     """In one transfer from an accelerator, for each of which Python would wait."""
-    if scalars[0].device.type == "cpu":
+    if not scalars or not scalars[0].is_cuda:
         return [scalar.item() for scalar in scalars]
     numbers: list[float] = torch.stack(scalars).tolist()
     return numbers
