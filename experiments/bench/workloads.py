@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedwsa import data, models
+from fedwsa import models
+from fedwsa.data import fashion_mnist, idx
 
 BATCH, LEARNING_RATE = 50, 0.05
+MEAN, STD = 0.286, 0.353  # of the training pixels / 255
 WORKERS = 2  # clients that compute at the same time, one thread each
 LARGEST = 3000  # samples of a client of `unequal`
 
@@ -90,9 +92,10 @@ def client_sizes(num_clients: int, mean: int, rng: np.random.Generator) -> Indic
 
 
 def load() -> tuple[Tensor, Tensor]:
-    """Read all training images, normalised, and labels."""
-    dataset = data.load("fashion-mnist")
-    return dataset.train_tensors(np.arange(len(dataset.train_labels)))
+    """Read all training images, normalised, and labels: as a user's script does, without the cache of our data sets."""
+    images, labels = idx.read_split(*fashion_mnist.find_files(None)[:2])
+    pixels = torch.from_numpy(images.astype(np.float32))
+    return (pixels / 255 - MEAN) / STD, torch.from_numpy(labels)
 
 
 tensors = cache(load)
