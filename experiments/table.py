@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.results import Run, Summary, mean_interval, paired_differences
+from fedwsa.config import ALIGNED
 
 NONE = "–"
 NOT_FINISHED = "not finished"
@@ -118,8 +119,7 @@ def _one_federation(run: Run) -> Cells:
             "scope distance (nats)",
         ),
         tuple(rows),
-        "Accuracy of the global model on the test split, after the last round and not at its best. Scope distance: "
-        "last round, summed over layers. 1 MB = 10⁶ bytes of payload.",
+        f"{_whose(run)} Scope distance: last round, summed over layers. 1 MB = 10⁶ bytes of payload.",
     )
 
 
@@ -136,9 +136,15 @@ def _many_federations(run: Run) -> Cells:
         f"{run.name}: final accuracy (%), {over}",
         ("strategy", *(run.split(alpha) for alpha in run.alphas), "seconds", "MB up", "MB down"),
         tuple(rows),
-        "Accuracy of the global model on the test split, after the last round and not at its best. Seconds and MB: "
-        "mean of one federation. 1 MB = 10⁶ bytes of payload.",
+        f"{_whose(run)} Seconds and MB: mean of one federation. 1 MB = 10⁶ bytes of payload.",
     )
+
+
+def _whose(run: Run) -> str:
+    """What the accuracy is of."""
+    local = any(name.removesuffix(ALIGNED) == "local-only" for name in run.strategies)
+    own = "; of local-only the mean over the clients' own models" if local else ""
+    return f"Accuracy of the global model on the test split, after the last round and not at its best{own}."
 
 
 def _costs(groups: Sequence[Sequence[Summary]]) -> list[list[str]]:
