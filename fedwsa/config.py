@@ -3,11 +3,8 @@
 Keys are written with hyphens in TOML, on the command line and in Flower's run config (`num-clients`).
 """
 
-import difflib
-import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +12,7 @@ import tomli_w
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedwsa.errors import UsageError
+from fedwsa.problems import ContradictionError, problems, shown
 from fedwsa.sections import (
     FedAdagradConfig,
     FedAdamConfig,
@@ -38,14 +36,6 @@ from fedwsa.sections import (
 
 class ConfigError(UsageError):
     """A configuration that cannot run; the message has one line a problem: key, value, what is allowed."""
-
-
-class _ContradictionError(ValueError):
-    """Values that are well each by itself and impossible together: for each, the keys and the line."""
-
-    def __init__(self, found: list[tuple[set[str], str]]) -> None:
-        super().__init__("\n".join(line for _, line in found))
-        self.found = found
 
 
 def _as_list(value: Any) -> Any:
@@ -168,7 +158,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if found := list(self._contradictions()):
-            raise _ContradictionError(found)
+            raise ContradictionError(found)
         return self
 
     def _contradictions(self) -> Iterator[tuple[set[str], str]]:
@@ -188,7 +178,7 @@ class Config(Section):
             line = "initial-model-sha256: without an initial-model it means nothing; allowed is empty"
             yield {"initial-model-sha256", "initial-model"}, line
         if self.partition_file and len(self.alpha) > 1:
-            line = f"alpha = {_shown(self.alpha)}: with a partition-file it decides nothing; allowed is one value"
+            line = f"alpha = {shown(self.alpha)}: with a partition-file it decides nothing; allowed is one value"
             yield {"alpha", "partition-file"}, line
         for line in self.wsa.contradictions():
             yield {"wsa"}, line
@@ -229,8 +219,8 @@ class Config(Section):
         for key, values in (("strategies", self.strategies), ("alpha", alphas), ("seed", self.seed)):
             if len(set(values)) < len(values):
                 how = " in their first six digits" if key == "alpha" else ""
-                shown = _shown(getattr(self, key))
-                yield {key}, f"{key} = {shown}: allowed are values that differ from each other{how}"
+                given = shown(getattr(self, key))
+                yield {key}, f"{key} = {given}: allowed are values that differ from each other{how}"
 
     def __hash__(self) -> int:
         """Of what mostly tells configs apart: Pydantic's own takes a hundred times as long, once a client."""
@@ -300,13 +290,13 @@ def parse(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(spelled)
     except ValidationError as error:
-        problems, wrong = _problems(error)
+        lines, wrong = problems(error, Config)
     if wrong:  # then the check over several keys was not reached; it is made without those that are wrong themselves
         try:
             Config.model_validate({key: value for key, value in spelled.items() if key not in wrong})
         except ValidationError as error:
-            problems += _problems(error, wrong)[0]
-    raise ConfigError("\n".join(problems))
+            lines += problems(error, Config, wrong)[0]
+    raise ConfigError("\n".join(lines))
 
 
 def hyphenated(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,68 +322,3 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a text file in UTF-8: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-
-
-def _problems(error: ValidationError, wrong: set[str] | None = None) -> tuple[list[str], set[str]]:
-    """A line for each problem, but none that has to do with a key in `wrong`; and the keys that are wrong."""
-    lines, keys = [], set()
-    for problem in error.errors(include_url=False):
-        location = [part for part in problem["loc"] if isinstance(part, str)]  # without positions in a list
-        key = ".".join(location)
-        if not location:
-            lines += [line for keys_, line in problem["ctx"]["error"].found if not keys_ & (wrong or set())]
-            continue
-        keys.add(location[0])
-        if problem["type"] == "extra_forbidden":
-            lines.append(_unknown(key))
-        else:
-            lines.append(f"{key} = {_shown(problem['input'])}: allowed is {_allowed(_schemas()[key])}")
-    return lines, keys
-
-
-def _unknown(key: str) -> str:
-    section = key.rpartition(".")[0]
-    names = [known for known in _schemas() if known.rpartition(".")[0] == section]
-    by_last = {known.rpartition(".")[2]: known for known in [*_schemas(), *names]}  # the same section's come first
-    nearest = difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1)
-    hint = f"did you mean {by_last[nearest[0]]}? " if nearest else ""
-    return f"{key}: unknown key; {hint}allowed are {', '.join(names)}"
-
-
-@cache
-def _schemas() -> dict[str, dict[str, Any]]:
-    """What is allowed for each key, sections' keys dotted, as JSON Schema."""
-    schema = Config.model_json_schema()
-    schemas: dict[str, dict[str, Any]] = {}
-    for key, value in schema["properties"].items():
-        schemas[key] = value
-        if "$ref" in value:
-            section = schema["$defs"][value["$ref"].rpartition("/")[2]]["properties"]
-            schemas |= {f"{key}.{name}": inner for name, inner in section.items()}
-    return schemas
-
-
-def _allowed(schema: Mapping[str, Any]) -> str:
-    if "description" in schema:
-        return str(schema["description"])
-    if "$ref" in schema:
-        return "a section with keys of its own"
-    if "enum" in schema:
-        *most, last = [_shown(value) for value in schema["enum"]]
-        return f"{', '.join(most)} or {last}"
-    if schema["type"] == "array":
-        return f"{_allowed(schema['items'])}, or a list of such, not empty"
-    kinds = {
-        "integer": "a whole number",
-        "number": "a finite number",
-        "boolean": "true or false",
-        "string": "text in quotes",
-    }
-    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[bound]}" for bound, sign in bounds.items() if bound in schema]
-    return f"{kinds[schema['type']]} {' and '.join(limits)}".rstrip()
-
-
-def _shown(value: Any) -> str:
-    """As TOML would have it."""
-    return json.dumps(value, ensure_ascii=False, default=str)
