@@ -22,6 +22,7 @@ from fedwsa.errors import RunError
 from fedwsa.simulation.folding import Fold, MakeFold
 from fedwsa.simulation.sending import Replies
 from strategies.sampling import each
+from strategies.wrapper import Wrapper
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shape and type of every array of a record
 Layouts = Mapping[str, Layout]  # of every record of arrays in a message: the model's, and what a strategy adds
@@ -66,7 +67,7 @@ class Passage:
         self.failures += later.failures
 
 
-class Gate(Strategy):
+class Gate(Wrapper):
     """Any strategy, shielded from replies that would poison or end its run; wrap it outermost.
 
     A reply passes if it answers this round's message, carries the records of arrays that were sent (the model and what
@@ -82,7 +83,7 @@ class Gate(Strategy):
     """
 
     def __init__(self, strategy: Strategy, *, min_replies: int = 1, fail: bool = False) -> None:
-        self.strategy = strategy
+        super().__init__(strategy)
         self.min_replies = min_replies
         self.fail = fail
         self.failures: list[str] = []
@@ -140,10 +141,6 @@ class Gate(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """What the wrapped strategy makes of the usable replies."""
         return self.strategy.aggregate_evaluate(server_round, self._passed(server_round, replies, training=False))
-
-    def summary(self) -> None:
-        """As the wrapped strategy does."""
-        self.strategy.summary()
 
     def state(self) -> dict[str, Tensor]:
         """The wrapped strategy's."""

@@ -18,6 +18,7 @@ from fedwsa.simulation.sending import Replies
 from strategies.aggregation import Weigh, weight_of
 from strategies.holdout import Holdout
 from strategies.sampling import each
+from strategies.wrapper import Wrapper
 
 UPDATE_NORM, UPDATE_COSINE = "update-norm", "update-cosine"
 LAYER_UPDATE_NORMS, LAYER_UPDATE_COSINES = "layer-update-norms", "layer-update-cosines"
@@ -26,7 +27,7 @@ ROUND_BARRIER, IMPROVEMENT_LOST = "round-barrier", "improvement-lost"
 Vector = Sequence[NDArray[np.float64]]  # in pieces
 
 
-class Measures(Strategy):
+class Measures(Wrapper):
     """Any strategy, with measures of every `every`-th round among the metrics of its training. Ours.
 
     With x the model that was sent, y_k that of client k and x′ the new global model:
@@ -49,7 +50,7 @@ class Measures(Strategy):
     def __init__(self, strategy: Strategy, holdout: Holdout, every: int) -> None:
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every!r}; to measure nothing, leave the wrapper out")
-        self.strategy = strategy
+        super().__init__(strategy)
         self.holdout = holdout
         self.every = every
         self._look: _Look | None = None  # of this round, if it is measured
@@ -82,20 +83,6 @@ class Measures(Strategy):
             return self.strategy.aggregate_train(server_round, replies)
         arrays, metrics = self.strategy.aggregate_train(server_round, Replies(look.at_each(replies)))
         return (arrays, MetricRecord({**(metrics or {}), **look.metrics(arrays)})) if arrays else (arrays, metrics)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the wrapped strategy does."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the wrapped strategy does."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """As the wrapped strategy does."""
-        self.strategy.summary()
 
 
 class _Look:

@@ -25,11 +25,12 @@ from strategies.aggregation import ScopeStatistics, Weigh, weight_of
 from strategies.fedavg import FedAvg
 from strategies.holdout import Holdout
 from strategies.sampling import each
+from strategies.wrapper import Wrapper
 
 SCHEDULES = ("constant", "first-k-rounds", "linear-decay", "relative")
 
 
-class WeightScopeAlignment(Strategy):
+class WeightScopeAlignment(Wrapper):
     """Any strategy, plus a target scope that goes out with the model and is fused from what comes back.
 
     strategy: ours or Flower's; it never sees a scope.
@@ -89,7 +90,7 @@ class WeightScopeAlignment(Strategy):
             raise ValueError(f"share must be > 0 and finite with schedule 'relative', got {share!r}")
         if not 0 <= target_momentum < 1:
             raise ValueError(f"target_momentum must be in [0, 1), got {target_momentum!r}")
-        self.strategy = strategy
+        super().__init__(strategy)
         self.strength = strength
         self.mode = mode
         self.reduction = reduction
@@ -215,20 +216,6 @@ class WeightScopeAlignment(Strategy):
     def _fused(self, arrays: ArrayRecord, scopes: ScopeStatistics) -> WeightScope | None:
         merged = _scope(arrays, scopes.granularity) if self.variance == "merged" else None
         return scopes.fused(self.variance, merged)
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """As the wrapped strategy does."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """As the wrapped strategy does."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
-
-    def summary(self) -> None:
-        """As the wrapped strategy does."""
-        self.strategy.summary()
 
     def state(self) -> dict[str, Tensor]:
         """The target, [mean, variance] by layer, and the wrapped strategy's state (AttributeError if it has none)."""
