@@ -81,8 +81,8 @@ class LayerUnits:
         """Each layer that is to be pulled, its Σ w and Σ w²."""
         layers = [layer for layer in self._layers if _is_written(layer.parameter, held)]
         flat = [_flat(layer.parameter) for layer in layers]
-        totals, squares = [w.sum() for w in flat], [torch.dot(w, w) for w in flat]
-        return zip(layers, _numbers(totals), _numbers(squares), strict=True)
+        sums = _numbers([w.sum() for w in flat] + [torch.dot(w, w) for w in flat])
+        return zip(layers, sums[: len(layers)], sums[len(layers) :], strict=True)
 
     def _update(self, layer: _Layer, total: float, square: float, terms: Terms) -> tuple[float, float, float] | None:
         """Constant, b and origin of the layer's affine update constant + b (w − origin), if it can be made.
@@ -257,7 +257,7 @@ def _flat(weights: Tensor) -> Tensor:
 
 def _numbers(scalars: list[Tensor]) -> list[float]:
     """In one transfer from an accelerator, for each of which Python would wait."""
-    if not scalars or not scalars[0].is_cuda:
+    if not scalars or scalars[0].is_cpu:
         return [scalar.item() for scalar in scalars]
     numbers: list[float] = torch.stack(scalars).tolist()
     return numbers
