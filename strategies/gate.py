@@ -36,6 +36,14 @@ class ClientFailedError(RunError):
     """A client whose reply cannot be used, in a run that is to end then."""
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a reply to a training has to carry: arrays, and metrics that are counts, see `messages.COUNTED`."""
+
+    layouts: Layouts
+    counted: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class Passage:
     """What passed the gate in one phase, and what did not."""
@@ -44,15 +52,14 @@ class Passage:
     usable: int = 0
     bytes_up: int = 0  # logical payload of all that was received
     failures: list[tuple[int, str]] = field(default_factory=list)  # node id, and why
-    counted: tuple[str, ...] = ()  # metrics that a reply has to have besides, see `messages.COUNTED`
 
-    def check(self, reply: Message, server_round: int, layouts: Layouts | None) -> bool:
-        """Whether a reply may pass. layouts: of the arrays that it has to carry, if any."""
+    def check(self, reply: Message, server_round: int, expected: Expected | None) -> bool:
+        """Whether a reply may pass. expected: of one to a training."""
         self.received += 1
         if reply.has_content():
             with suppress(Exception):  # whatever a client calls a type; the check will say so
                 self.bytes_up += messages.payload_bytes(reply.content)
-        fault = _fault(reply, server_round, layouts, self.counted)
+        fault = _fault(reply, server_round, expected)
         if fault is None:
             self.usable += 1
         else:
@@ -90,8 +97,7 @@ class Gate(Wrapper):
         self.passage = Passage()
         self.sent: list[Metadata] = []
         self.bytes_down = 0
-        self._layouts: Layouts = {}
-        self._counted: tuple[str, ...] = ()
+        self._expected = Expected({})
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -99,10 +105,10 @@ class Gate(Wrapper):
         """What the wrapped strategy sends, marked with the round."""
         marked = self._marked(server_round, self.strategy.configure_train(server_round, arrays, config, grid))
         sent = {messages.ARRAYS: arrays, **(marked[0].content if marked else {})}
-        self._layouts = {key: _layout(record) for key, record in sent.items() if isinstance(record, ArrayRecord)}
+        layouts = {key: _layout(record) for key, record in sent.items() if isinstance(record, ArrayRecord)}
         asked = sent.get(messages.CONFIG)
         objective = asked.get(messages.OBJECTIVE) if isinstance(asked, ConfigRecord) else None
-        self.passage.counted = self._counted = messages.COUNTED.get(str(objective), ())
+        self._expected = Expected(layouts, messages.COUNTED.get(str(objective), ()))
         return marked
 
     def aggregate_train(
@@ -121,7 +127,7 @@ class Gate(Wrapper):
         """Parts of what `conclude_train` takes, where the wrapped strategy has such: workers check the replies then."""
         inner = getattr(self.strategy, "folding", None)
         make = inner() if inner else None
-        return partial(_GatedFold, make, server_round, self._layouts, self._counted) if make else None
+        return partial(_GatedFold, make, server_round, self._expected) if make else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of all replies."""
@@ -157,7 +163,7 @@ class Gate(Wrapper):
         return self.passage.usable
 
     def _typed(self, arrays: ArrayRecord) -> ArrayRecord:
-        for name, (_, dtype) in self._layouts[messages.ARRAYS].items():
+        for name, (_, dtype) in self._expected.layouts[messages.ARRAYS].items():
             if name in arrays and arrays[name].dtype != dtype:
                 arrays[name] = NumpyArray(as_type(view(arrays[name]), dtype))
         return arrays
@@ -184,7 +190,7 @@ class Gate(Wrapper):
         passed: list[MetricRecord] = []
         asked = {sent.message_id: sent.dst_node_id for sent in self.sent}
         for reply in each(replies):
-            if passage.check(reply, server_round, self._layouts if training else None):
+            if passage.check(reply, server_round, self._expected if training else None):
                 passed.append(messages.metrics_of(reply))
                 yield reply
             else:  # Flower gives its own node id to the error reply in place of a node that died
@@ -213,17 +219,17 @@ class Gate(Wrapper):
 class _GatedFold:
     """What passed the gate, and the wrapped strategy's part of the replies that did."""
 
-    def __init__(self, make: MakeFold, server_round: int, layouts: Layouts, counted: tuple[str, ...]) -> None:
-        self.passage, self.inner = Passage(counted=counted), make()
+    def __init__(self, make: MakeFold, server_round: int, expected: Expected) -> None:
+        self.passage, self.inner = Passage(), make()
         self._server_round: int = server_round
-        self._layouts: Layouts = layouts
+        self._expected: Expected = expected
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the layouts: a part that travels has its reply already."""
+        """Without what was expected: a part that travels has its reply already."""
         return {"passage": self.passage, "inner": self.inner}
 
     def add(self, reply: Message) -> None:
-        if self.passage.check(reply, self._server_round, self._layouts):
+        if self.passage.check(reply, self._server_round, self._expected):
             self.inner.add(reply)
 
     def merge(self, later: Self) -> None:
@@ -244,8 +250,8 @@ def _layout(arrays: ArrayRecord) -> Layout:
     return {name: (tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
 
 
-def _fault(reply: Message, server_round: int, layouts: Layouts | None, counted: tuple[str, ...]) -> str | None:
-    """Why a reply cannot be used, or None. layouts: of the arrays that it has to carry, if any."""
+def _fault(reply: Message, server_round: int, expected: Expected | None) -> str | None:
+    """Why a reply cannot be used, or None. expected: of one to a training."""
     if reply.has_error():
         lines = (reply.error.reason or "").strip().splitlines()
         return f"error {reply.error.code}: {lines[-1] if lines else 'no reason given'}"
@@ -253,13 +259,13 @@ def _fault(reply: Message, server_round: int, layouts: Layouts | None, counted: 
         return f"answers round {reply.metadata.group_id!r}, not {server_round}"
     if fault := _kinds_fault(reply.content, MetricRecord, [messages.METRICS], "metric"):
         return fault
-    if fault := _metrics_fault(messages.metrics_of(reply), counted):
+    if fault := _metrics_fault(messages.metrics_of(reply), expected.counted if expected else ()):
         return fault
-    if layouts is None:
+    if expected is None:
         return None
-    if fault := _kinds_fault(reply.content, ArrayRecord, list(layouts), "array"):
+    if fault := _kinds_fault(reply.content, ArrayRecord, list(expected.layouts), "array"):
         return fault
-    records = ((cast(ArrayRecord, reply.content[key]), layout) for key, layout in layouts.items())
+    records = ((cast(ArrayRecord, reply.content[key]), layout) for key, layout in expected.layouts.items())
     return next(filter(None, (_arrays_fault(record, layout) for record, layout in records)), None)
 
 
