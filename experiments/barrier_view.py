@@ -85,7 +85,7 @@ def compare(
     recalibrated &= any(isinstance(module, _BatchNorm) for module in model.modules())
     batches = train[0].tensor_split(math.ceil(len(train[0]) / BATCH)) if recalibrated else ()
     model = models.placed(model, torch.device("cpu"))
-    curves = [c for path, end in paths.items() for c in _curves(path, model, (ends[0], end), points, splits, batches)]
+    curves = [c for path, end in paths.items() for c in curves_of(path, model, (ends[0], end), points, splits, batches)]
     _check_function(curves, len(splits), config.model)
     sizes = [len(labels) for _, labels in splits.values()]
     return Comparison(a, b, config.model, dataset.name, sizes[0], sizes[1], recalibrated, curves)
@@ -112,7 +112,7 @@ def _part(labels: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
     return data.server_split(labels, size, generator(seed, "barrier"))[0]
 
 
-def _curves(
+def curves_of(
     path: str,
     model: nn.Module,
     ends: tuple[State, State],
@@ -120,6 +120,11 @@ def _curves(
     splits: Mapping[str, tuple[Tensor, Tensor]],
     batches: Sequence[Tensor],
 ) -> list[Curve]:
+    """A curve a split, on the line between two models of the module's architecture.
+
+    batches: of images, by which BatchNorm's statistics are estimated anew at every place; none: they are interpolated.
+    Raises ValueError for a loss that is not finite.
+    """
     places = [index / (points - 1) for index in range(points)]
     curves = [Curve(path, split, places, [], []) for split in splits]
     for t in places:

@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from experiments.barrier_view import curves_of
 from fedwsa import data, merging, models, targets
 from fedwsa.evaluation import evaluate
 from fedwsa.files import replace as write
@@ -120,13 +121,7 @@ def make(recipe: Recipe, folder: Path) -> None:
     model = fresh(recipe.repeat, recipe.initial)
     target = targets.init_scheme(model, "kaiming-normal")
     train(model, recipe, EPOCHS, target, TREATMENTS[recipe.treatment])
-    save(model.state_dict(), recipe.path(folder))
-
-
-def save(state: State, path: Path) -> None:
-    """Whole or not at all."""
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path.with_suffix(".part"))
-    path.with_suffix(".part").rename(path)
+    write(recipe.path(folder), save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}))
 
 
 def fresh(repeat: int, initial: int = 0) -> nn.Module:
@@ -150,11 +145,11 @@ def compare(job: tuple[str, str, Recipe, Recipe], folder: Path) -> dict[str, Any
         "plain": ends[1],
         "permuted": merging.align(ends[1], ends[0], merging.chain_permutations(ends[0])),
     }.items():
-        line = [test(model, merging.interpolate(ends[0], end, t)) for t in POINTS]
+        (line,) = curves_of(path, model, (ends[0], end), len(POINTS), {"test": _test_split()}, ())
         middle = merging.align_scopes(merging.average([ends[0], end]), fuse(scopes, [1.0, 1.0])).state
         curves[path] = {
-            "loss": [loss for loss, _ in line],
-            "accuracy": [accuracy for _, accuracy in line],
+            "loss": line.losses,
+            "accuracy": line.accuracies,
             "rescaled": test(model, middle),
         }
     return {

@@ -68,12 +68,12 @@ def comparison(content: Content) -> list[str]:
             chosen = content["chosen"][f"{alpha:g}"].get(method)
             name = NAMES[method] + ("" if chosen is None else f" {chosen:g}")
             differences = [accuracies[seed] - found["fedavg"][seed] for seed in SEEDS]
-            against = "–" if method == "fedavg" else _interval(differences, "+.2f")
-            each = ", ".join(
-                f"{accuracies[seed]:.2f}" if method == "fedavg" else f"{accuracies[seed] - found['fedavg'][seed]:+.2f}"
-                for seed in SEEDS
-            )
-            lines.append(f"| {alpha:g} | {name} | {_interval(list(accuracies.values()), '.2f')} | {against} | {each} |")
+            if method == "fedavg":
+                against, each = "–", [f"{accuracies[seed]:.2f}" for seed in SEEDS]
+            else:
+                against, each = _interval(differences, "+.2f"), [f"{difference:+.2f}" for difference in differences]
+            mean = _interval(list(accuracies.values()), ".2f")
+            lines.append(f"| {alpha:g} | {name} | {mean} | {against} | {', '.join(each)} |")
     return lines
 
 
@@ -133,6 +133,12 @@ def _barrier(pair: Record, path: str) -> float:
     return merging.barrier(POINTS, pair["curves"][path]["loss"]).height
 
 
+def _parents(pair: Record) -> float:
+    """Mean accuracy of A and B, percent."""
+    accuracies: list[float] = pair["curves"]["plain"]["accuracy"]
+    return 50.0 * (accuracies[0] + accuracies[-1])
+
+
 def pairs(content: Content) -> list[str]:
     """For each treatment: what becomes of scopes, parents and barriers; differences are paired with no term."""
     lines = [
@@ -145,12 +151,9 @@ def pairs(content: Content) -> list[str]:
         for treatment in TREATMENTS:
             own = _pairs(content, initial, treatment)
             divergences = [pair["divergence"] for pair in own]
-            parents = [
-                100 * (p["curves"]["plain"]["accuracy"][0] + p["curves"]["plain"]["accuracy"][-1]) / 2 for p in own
-            ]
             cells = [
                 f"{statistics.fmean(divergences):.4f} ({max(divergences):.4f})",
-                f"{statistics.fmean(parents):.2f}",
+                f"{statistics.fmean(map(_parents, own)):.2f}",
             ]
             for path in ("plain", "permuted"):
                 barriers, before = ([_barrier(pair, path) for pair in several] for several in (own, none))
@@ -186,7 +189,7 @@ def each_pair(content: Content) -> list[str]:
             cells = []
             for value, form in (
                 (lambda p: p["divergence"], ".4f"),
-                (lambda p: 50 * (p["curves"]["plain"]["accuracy"][0] + p["curves"]["plain"]["accuracy"][-1]), ".2f"),
+                (_parents, ".2f"),
                 (lambda p: _barrier(p, "plain"), ".2f"),
                 (lambda p: _barrier(p, "permuted"), ".2f"),
             ):
