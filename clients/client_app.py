@@ -34,7 +34,7 @@ def train_message(message: Message, context: Context) -> Message:
     settings = messages.config_of(message)
     images, labels = (_moved(each, config) for each in _training_tensors(holdings, client, settings))
     model, state = _model_with(message, config, holdings)
-    local = local_names(model, str(settings.get(messages.LOCAL, config.batch_norm)))
+    local = _local(model, settings, config)
     sent = {name: state[name].clone() for name in local}
     put_back(state, local, context, settings)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
@@ -81,8 +81,7 @@ def evaluate_message(message: Message, context: Context) -> Message:
         raise ValueError(f"client {client} holds no validation samples; raise validation-fraction or min-size")
     model, state = _model_with(message, config, holdings)
     settings = messages.config_of(message)
-    local = local_names(model, str(settings.get(messages.LOCAL, config.batch_norm)))
-    put_back(state, local, context, settings)
+    put_back(state, _local(model, settings, config), context, settings)
     loss, accuracy = evaluate(model, images, labels)
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: loss, messages.ACCURACY: accuracy})
     if settings.get(messages.TEST_TOO):
@@ -152,6 +151,11 @@ def _training_tensors(holdings: FederatedData, client: int, settings: ConfigReco
         return holdings.training_tensors(client)
     images, labels = zip(*map(holdings.training_tensors, range(len(holdings.training))), strict=True)
     return torch.cat(images), torch.cat(labels)
+
+
+def _local(model: nn.Module, settings: ConfigRecord, config: Config) -> list[str]:
+    """Names of the arrays that stay with the client, as the message says, or else the config."""
+    return local_names(model, str(settings.get(messages.LOCAL, config.batch_norm)))
 
 
 def _shared(model: nn.Module, local: list[str]) -> dict[str, Tensor]:

@@ -54,9 +54,14 @@ class FedAvg(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The model to a cohort drawn from (seed, round)."""
+        """The model, and what is asked besides, to a cohort drawn from (seed, round)."""
+        config = ConfigRecord({**config, **self.asked()})
         nodes = self._draw(grid, self.cohort, "cohort", server_round)
         return broadcast(nodes, MessageType.TRAIN, server_round, arrays, config)
+
+    def asked(self) -> dict[str, bool | float | str]:
+        """Entries of the train messages' config by which a subclass asks for more than FedAvg's training."""
+        return {}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -1,13 +1,10 @@
 """FedDyn. Acar et al., arXiv 2111.04263, algorithm 1."""
 
 import math
-from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, MetricRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +15,7 @@ from fedwsa.simulation.folding import Fold
 from strategies.aggregation import equal
 from strategies.fedavg import cohorts
 from strategies.holdout import Holdout
-from strategies.updates import OfUpdates
+from strategies.updates import OfUpdates, pack_kept, unpack_kept
 
 
 class FedDyn(OfUpdates):
@@ -56,12 +53,9 @@ class FedDyn(OfUpdates):
             alpha=config.feddyn.alpha,
         )
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The model, and the objective, to a cohort."""
-        config = ConfigRecord({**config, messages.OBJECTIVE: "feddyn", messages.DYNAMIC_ALPHA: self.alpha})
-        return super().configure_train(server_round, arrays, config, grid)
+    def asked(self) -> dict[str, bool | float | str]:
+        """The objective, with α."""
+        return {messages.OBJECTIVE: "feddyn", messages.DYNAMIC_ALPHA: self.alpha}
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """x, from the fold of the replies; metrics as FedAvg gives them."""
@@ -77,8 +71,8 @@ class FedDyn(OfUpdates):
 
     def state(self) -> dict[str, Tensor]:
         """h."""
-        return {f"h/{name}": torch.from_numpy(np.array(h)) for name, h in self.h.items()}
+        return pack_kept("h", self.h)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self.h = {key.removeprefix("h/"): h.numpy().copy() for key, h in state.items()}
+        self.h = unpack_kept("h", state)

@@ -17,7 +17,7 @@ from strategies.aggregation import MeanModel, Weigh
 from strategies.fedavg import cohorts
 from strategies.holdout import Holdout
 from strategies.sampling import each
-from strategies.updates import OfUpdates, UpdateFold, squares
+from strategies.updates import OfUpdates, UpdateFold, square, squares
 
 
 class FedLWS(OfUpdates):
@@ -73,7 +73,8 @@ class FedLWS(OfUpdates):
         moved = squares(mean, start)
         for whole in layers(start):
             layer = [name for name in whole if folded.squares[name] > 0]
-            way, size = (math.sqrt(sum(each[name] for name in layer)) for each in (moved, _norms(start, layer)))
+            way = math.sqrt(sum(moved[name] for name in layer))
+            size = math.sqrt(sum(square(start[name].reshape(-1)) for name in layer))
             tau = min(max(self.beta * math.sqrt(sum(spread[name] for name in layer)), self.min_tau), self.max_tau)
             gamma = size / (size + tau * way) if size else 1.0
             for name in layer:
@@ -111,8 +112,3 @@ def layers(names: Iterable[str]) -> list[list[str]]:
         if "bias" in name.rpartition(".")[2]:
             cut.append([])
     return [layer for layer in cut if layer]
-
-
-def _norms(start: Mapping[str, NDArray[Any]], layer: list[str]) -> dict[str, float]:
-    """‖x‖² of each of a layer's parameters."""
-    return {name: float(np.square(start[name].reshape(-1), dtype=np.float64).sum()) for name in layer}

@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any, Self
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, Message, MetricRecord
 
 from fedwsa import messages
 from fedwsa.arrays import record_of, view
@@ -45,13 +44,9 @@ class FedNova(OfUpdates):
         """As a run's config says; the server's held-out samples are not used."""
         return cls(**cohorts(config), parameters=holdout.trainable, momentum=config.momentum)
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The model, and that steps are to be told, to a cohort."""
-        return super().configure_train(
-            server_round, arrays, ConfigRecord({**config, messages.OBJECTIVE: "fednova"}), grid
-        )
+    def asked(self) -> dict[str, bool | float | str]:
+        """That steps are to be told."""
+        return {messages.OBJECTIVE: "fednova"}
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

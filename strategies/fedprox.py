@@ -1,10 +1,6 @@
 """FedProx. Li et al., arXiv 1812.06127, algorithm 2."""
 
-from collections.abc import Iterable
 from typing import Any, Self
-
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 
 from fedwsa import messages
 from fedwsa.config import Config
@@ -29,9 +25,6 @@ class FedProx(FedAvg):
         """As a run's config says; the server's held-out samples are not used."""
         return cls(**cohorts(config), mu=config.fedprox.mu)
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The model, and the objective, to a cohort."""
-        config = ConfigRecord({**config, messages.OBJECTIVE: "fedprox", messages.PROXIMAL_MU: self.mu})
-        return super().configure_train(server_round, arrays, config, grid)
+    def asked(self) -> dict[str, bool | float | str]:
+        """The objective, with μ."""
+        return {messages.OBJECTIVE: "fedprox", messages.PROXIMAL_MU: self.mu}

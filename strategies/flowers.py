@@ -17,6 +17,7 @@ from torch import Tensor
 from fedwsa import messages
 from fedwsa.arrays import NumpyArray, as_type, record_of, view
 from fedwsa.config import Config
+from fedwsa.sections import FedAdamConfig
 from fedwsa.simulation.folding import Fold
 from strategies.aggregation import MeanMetrics, ScopeStatistics, equal, weight_of
 from strategies.fedavg import FedAvg, cohorts
@@ -155,11 +156,7 @@ def fedadam(config: Config, holdout: Holdout) -> ServerOptimizer:
     algorithm 2, Flower corrects the bias, η_t = η √(1 − β₂ᵗ⁺¹)/(1 − β₁ᵗ⁺¹) in round t = 1, 2, …, and begins at v = 0
     (there v ≥ τ²).
     """
-    options = config.fedadam
-    theirs = flower.FedAdam(
-        eta=options.server_learning_rate, beta_1=options.beta_1, beta_2=options.beta_2, tau=options.tau
-    )
-    return _optimizer(config, holdout, theirs)
+    return _optimizer(config, holdout, _adaptive(flower.FedAdam, config.fedadam))
 
 
 def fedyogi(config: Config, holdout: Holdout) -> ServerOptimizer:
@@ -167,11 +164,7 @@ def fedyogi(config: Config, holdout: Holdout) -> ServerOptimizer:
 
     β₁ = 0.9, β₂ = 0.99, τ = 10⁻³ as there; η is Flower's 0.01. Flower begins at v = 0.
     """
-    options = config.fedyogi
-    theirs = flower.FedYogi(
-        eta=options.server_learning_rate, beta_1=options.beta_1, beta_2=options.beta_2, tau=options.tau
-    )
-    return _optimizer(config, holdout, theirs)
+    return _optimizer(config, holdout, _adaptive(flower.FedYogi, config.fedyogi))
 
 
 def fedadagrad(config: Config, holdout: Holdout) -> ServerOptimizer:
@@ -204,6 +197,10 @@ def krum(config: Config, holdout: Holdout) -> KrumRule:
     """
     theirs = flower.Krum(num_malicious_nodes=config.krum.num_malicious)
     return KrumRule(flowers=theirs, parameters=holdout.trainable, **cohorts(config))
+
+
+def _adaptive(kind: type[flower.FedAdam | flower.FedYogi], options: FedAdamConfig) -> flower.FedAdam | flower.FedYogi:
+    return kind(eta=options.server_learning_rate, beta_1=options.beta_1, beta_2=options.beta_2, tau=options.tau)
 
 
 def _optimizer(config: Config, holdout: Holdout, theirs: flower.FedAvgM | FedOpt) -> ServerOptimizer:

@@ -29,10 +29,13 @@ class LocalOnly(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg; clients are told to keep what they train."""
+        """As FedAvg, and keep in mind what is sent."""
         self._start = arrays
-        config = ConfigRecord({**config, messages.LOCAL: "model"})
         return super().configure_train(server_round, arrays, config, grid)
+
+    def asked(self) -> dict[str, bool | float | str]:
+        """That clients keep what they train."""
+        return {messages.LOCAL: "model"}
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The model that was sent; metrics as FedAvg gives them."""

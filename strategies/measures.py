@@ -18,6 +18,7 @@ from fedwsa.simulation.sending import Replies
 from strategies.aggregation import Weigh, weight_of
 from strategies.holdout import Holdout
 from strategies.sampling import each
+from strategies.updates import square
 from strategies.wrapper import Wrapper
 
 UPDATE_NORM, UPDATE_COSINE = "update-norm", "update-cosine"
@@ -186,8 +187,8 @@ class Directions:
 
 
 def _square(vector: Vector) -> float:
-    """‖v‖². Not by BLAS, whose threads would decide the last bits."""
-    return math.fsum(float(np.square(piece).sum()) for piece in vector)
+    """‖v‖²."""
+    return math.fsum(square(piece) for piece in vector)
 
 
 def _averaging(before: float, clients: float, after: float) -> dict[str, float | list[float]]:

@@ -1,10 +1,6 @@
 """MOON. Li, He, Song, arXiv 2103.16257, algorithm 1."""
 
-from collections.abc import Iterable
 from typing import Any, Self
-
-from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
 
 from fedwsa import messages
 from fedwsa.config import Config
@@ -32,10 +28,10 @@ class Moon(FedAvg):
         """As a run's config says; the server's held-out samples are not used."""
         return cls(**cohorts(config), mu=config.moon.mu, temperature=config.moon.temperature)
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """The model, and the objective, to a cohort."""
-        numbers = {messages.CONTRASTIVE_MU: self.mu, messages.TEMPERATURE: self.temperature}
-        config = ConfigRecord({**config, messages.OBJECTIVE: "moon", **numbers})
-        return super().configure_train(server_round, arrays, config, grid)
+    def asked(self) -> dict[str, bool | float | str]:
+        """The objective, with μ and τ."""
+        return {
+            messages.OBJECTIVE: "moon",
+            messages.CONTRASTIVE_MU: self.mu,
+            messages.TEMPERATURE: self.temperature,
+        }

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, Self
 
 import numpy as np
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from strategies.aggregation import MeanFold, MeanModel, Weigh, equal
 from strategies.fedavg import cohorts
 from strategies.holdout import Holdout
 from strategies.sampling import each
-from strategies.updates import OfUpdates
+from strategies.updates import OfUpdates, pack_kept, unpack_kept
 
 
 class Scaffold(OfUpdates):
@@ -59,11 +58,14 @@ class Scaffold(OfUpdates):
             server_learning_rate=config.scaffold.server_learning_rate,
         )
 
+    def asked(self) -> dict[str, bool | float | str]:
+        """The objective, with its option."""
+        return {messages.OBJECTIVE: "scaffold", messages.CONTROL_OPTION: self.option}
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The model, c and the objective, to a cohort."""
-        config = ConfigRecord({**config, messages.OBJECTIVE: "scaffold", messages.CONTROL_OPTION: self.option})
         outgoing = list(super().configure_train(server_round, arrays, config, grid))
         control = record_of(
             {name: as_type(self.control.get(name, np.zeros(x.shape)), x.dtype) for name, x in self.origin().items()}
@@ -98,11 +100,11 @@ class Scaffold(OfUpdates):
 
     def state(self) -> dict[str, Tensor]:
         """c."""
-        return {f"control/{name}": torch.from_numpy(np.array(c)) for name, c in self.control.items()}
+        return pack_kept("control", self.control)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self.control = {key.removeprefix("control/"): c.numpy().copy() for key, c in state.items()}
+        self.control = unpack_kept("control", state)
 
 
 class _ControlFold(MeanFold):

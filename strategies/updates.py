@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Set
 from typing import Any, Self
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedwsa import messages
 from fedwsa.arrays import NumpyArray, as_type, view
@@ -50,6 +52,16 @@ class OfUpdates(FedAvg):
         return mean
 
 
+def pack_kept(what: str, kept: Mapping[str, NDArray[np.float64]]) -> dict[str, Tensor]:
+    """Arrays by name as part of a strategy's `state`."""
+    return {f"{what}/{name}": torch.from_numpy(np.array(values)) for name, values in kept.items()}
+
+
+def unpack_kept(what: str, state: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    """What `pack_kept` was given, in memory of its own."""
+    return {key.removeprefix(f"{what}/"): values.numpy().copy() for key, values in state.items()}
+
+
 class UpdateFold(MeanFold):
     """What FedAvg makes of replies, and Σ_k ‖y_k − x‖² of each parameter, float64.
 
@@ -64,20 +76,24 @@ class UpdateFold(MeanFold):
     def add(self, reply: Message) -> None:
         """A reply that passed the gate."""
         super().add(reply)
-        for name, square in squares(messages.arrays_of(reply), self.start).items():
-            self.squares[name] += square
+        for name, found in squares(messages.arrays_of(reply), self.start).items():
+            self.squares[name] += found
 
     def merge(self, later: Self) -> None:
         """See `Fold`."""
         super().merge(later)
-        for name, square in later.squares.items():
-            self.squares[name] += square
+        for name, found in later.squares.items():
+            self.squares[name] += found
 
 
 def squares(arrays: Mapping[str, Array], start: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """‖y − x‖² by array. Not by BLAS, whose threads would decide the last bits."""
-    found = {}
-    for name, x in start.items():
-        update = np.subtract(view(arrays[name]).reshape(-1), x.reshape(-1), dtype=np.float64)
-        found[name] = float(np.square(update).sum())
-    return found
+    """‖y − x‖² by array."""
+    return {
+        name: square(np.subtract(view(arrays[name]).reshape(-1), x.reshape(-1), dtype=np.float64))
+        for name, x in start.items()
+    }
+
+
+def square(values: NDArray[Any]) -> float:
+    """‖v‖², summed in float64. Not by BLAS, whose threads would decide the last bits."""
+    return float(np.square(values, dtype=np.float64).sum())

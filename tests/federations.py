@@ -60,6 +60,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
 
 
+def finals(folder: Path, config: Config) -> dict[str, bytes]:
+    """Each strategy's final model, as its file has it."""
+    return {name: (folder / name / "final.safetensors").read_bytes() for name in config.strategies}
+
+
+def usable(folder: Path, name: str) -> list[int]:
+    """Replies of each training round that the strategy could use."""
+    trained = [event for event in lines(folder / name / "metrics.jsonl") if event["phase"] == "train"]
+    return [event["num_clients"] - event["num_failed"] for event in trained]
+
+
 def grid_of(app: ClientApp, num_clients: int, run_config: Mapping[str, Any] | None = None) -> SimulationGrid:
     """A Flower Grid with so many clients in this process."""
     identify()

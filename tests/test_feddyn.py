@@ -4,12 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federations import DIGITS, grid_of, holdout, initial_model, lines, run, spying, tiny, train_one
-from flwr.app import ConfigRecord
+from federations import DIGITS, holdout, initial_model, tiny, train_one
 from quadratics import EXACT, clients_of, kept, play, point, watch
-from safetensors.torch import load_file
 
-from clients.client_app import app as client_app
 from clients.federation import federation
 from fedwsa import messages, models
 from fedwsa.arrays import pack, unpack
@@ -142,30 +139,6 @@ def test_what_stays_with_a_client_has_no_gradient():
 # ---- the server
 
 
-@pytest.mark.parametrize("name", ["federations:NormNet", "federations:TiedNet"])
-def test_parameters_are_corrected_and_the_rest_is_averaged(name):
-    """In the first of all rounds h = −α (w̄ − x), so that x ← w̄ + (w̄ − x)."""
-    config, model = tiny(model=name, num_clients=2, cohort=2), models.build(name, *DIGITS, 1)
-    start = {key: each.clone() for key, each in model.state_dict().items()}
-    strategy, grid = (
-        FedDyn(2, parameters=holdout(0, model).trainable, num_clients=2, alpha=0.1, seed=0),
-        grid_of(client_app, 2, config.to_run_config()),
-    )
-    replies = list(grid.send_and_receive(strategy.configure_train(1, pack(start), ConfigRecord(), grid)))
-    own = [unpack(reply.content["arrays"]) for reply in replies]
-    arrays, _ = strategy.aggregate_train(1, replies)
-    trained = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    assert trained != start.keys()
-    for key, found in unpack(arrays).items():
-        mean = (own[0][key].double() + own[1][key].double()) / 2
-        expected = 2 * mean - start[key].double() if key in trained else mean
-        assert found.dtype == start[key].dtype
-        torch.testing.assert_close(
-            found.double(), expected, rtol=1e-5, atol=0.5 if found.dtype == torch.int64 else 1e-6
-        )
-        assert key == "table" or not torch.equal(found, start[key])
-
-
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_alpha_must_be_positive(alpha):
     with pytest.raises(ValueError, match="alpha must be > 0 and finite, got"):
@@ -185,42 +158,3 @@ def test_config_reaches_the_strategy():
     assert (one.num_clients, one.alpha) == (9, 0.1)
     assert (default.num_clients, default.alpha) == (6, 0.01)
     assert one.parameters == set(initial_model())
-
-
-# ---- whole runs; that engines agree is in test_scaffold.py
-
-
-def finals(folder, config):
-    return {name: (folder / name / "final.safetensors").read_bytes() for name in config.strategies}
-
-
-@pytest.mark.parametrize("model", ["mlp", "federations:NormNet"])
-@pytest.mark.parametrize("batch_norm", ["aggregate", "local"])
-def test_all_clients_replies_are_usable(tmp_path, batch_norm, model):
-    config, seen = tiny(strategies=NAMES, model=model, batch_norm=batch_norm), []
-    run(config, tmp_path, spying(seen))
-    for name in NAMES:
-        events = [event for event in lines(tmp_path / name / "metrics.jsonl") if event["phase"] == "train"]
-        assert [event["num_failed"] for event in events] == [0, 0]
-    aligned = [each.alignment is not None for each in seen if each.kind == "train"]
-    assert aligned == [False] * 6 + [True] * 6
-    assert finals(tmp_path, config)["feddyn"] != finals(tmp_path, config)["feddyn-wsa"]
-
-
-def test_it_goes_on_from_a_checkpoint_with_the_clients_gradients(tmp_path):
-    config = tiny(strategies=NAMES, rounds=4)
-    run(config, tmp_path / "whole")
-    run(config.model_copy(update={"rounds": 2}), tmp_path / "parts")
-    for name in NAMES:
-        (tmp_path / "parts" / name / "final.safetensors").unlink()
-        checkpoint = load_file(tmp_path / "parts" / name / "checkpoints" / "round-000002.safetensors")
-        prefix = "strategy/wrapped/h/" if name.endswith("wsa") else "strategy/h/"
-        assert {key.removeprefix(prefix) for key in checkpoint if key.startswith(prefix)} == set(initial_model())
-        assert {checkpoint[prefix + key].dtype for key in initial_model()} == {torch.float64}
-        clients = [key for key in checkpoint if key.startswith("client/")]
-        assert 3 <= len(clients) <= 6
-        assert all(f"{GRADIENTS} {name}".encode() in checkpoint[key].numpy().tobytes() for key in clients)
-    run(config, tmp_path / "parts")
-    assert finals(tmp_path / "parts", config) == finals(tmp_path / "whole", config)
-    for name in NAMES:
-        assert lines(tmp_path / "parts" / name / "metrics.jsonl") == lines(tmp_path / "whole" / name / "metrics.jsonl")

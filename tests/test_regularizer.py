@@ -170,15 +170,19 @@ def test_layers_of_several_dtypes_each_get_their_gradient():
 
 # ---- proximal mode
 
+TERMS = {
+    "mean": st.floats(-3, 3),
+    "std": st.floats(0.1, 3),
+    "target_mean": st.floats(-3, 3),
+    "target_std": st.floats(0.1, 3),
+    "strength": st.floats(1e-3, 1e3),
+}
+
 
 @quick
 @given(
     shape=shapes,
-    mean=st.floats(-3, 3),
-    std=st.floats(0.1, 3),
-    target_mean=st.floats(-3, 3),
-    target_std=st.floats(0.1, 3),
-    strength=st.floats(1e-3, 1e3),
+    **TERMS,
     strided=st.booleans(),
     seed=seeds,
 )
@@ -260,11 +264,7 @@ def test_proximal_step_refuses_a_bad_momentum(momentum):
 @quick
 @given(
     shape=shapes,
-    mean=st.floats(-3, 3),
-    std=st.floats(0.1, 3),
-    target_mean=st.floats(-3, 3),
-    target_std=st.floats(0.1, 3),
-    strength=st.floats(1e-3, 1e3),
+    **TERMS,
     reduction=st.sampled_from(["sum", "mean"]),
     seed=seeds,
 )

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federations import DIGITS, grid_of, holdout, initial_model, lines, numbers, record, run, spying, tiny, train_one
+from federations import (
+    DIGITS,
+    finals,
+    grid_of,
+    holdout,
+    initial_model,
+    numbers,
+    record,
+    run,
+    tiny,
+    train_one,
+    usable,
+)
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from quadratics import Point, clients_of, kept, play, point, watch
 from safetensors.torch import load_file
@@ -299,28 +311,6 @@ def test_unknown_option_is_refused():
 # ---- the server
 
 
-@pytest.mark.parametrize("name", ["federations:NormNet", "federations:TiedNet"])
-def test_parameters_step_by_the_server_learning_rate_and_the_rest_is_averaged(name):
-    config, model = tiny(model=name, num_clients=2, cohort=2), models.build(name, *DIGITS, 1)
-    start = {key: each.clone() for key, each in model.state_dict().items()}
-    strategy = Scaffold(2, parameters=holdout(0, model).trainable, num_clients=2, server_learning_rate=0.25, seed=0)
-    grid = grid_of(client_app, 2, config.to_run_config())
-    outgoing = strategy.configure_train(1, pack(start), ConfigRecord(), grid)
-    replies = list(grid.send_and_receive(outgoing))
-    own = [unpack(reply.content["arrays"]) for reply in replies]
-    arrays, _ = strategy.aggregate_train(1, replies)
-    trained = {key for key, _ in model.named_parameters(remove_duplicate=False)}
-    assert trained != start.keys()
-    for key, found in unpack(arrays).items():
-        mean = (own[0][key].double() + own[1][key].double()) / 2
-        expected = 0.75 * start[key].double() + 0.25 * mean if key in trained else mean
-        assert found.dtype == start[key].dtype
-        torch.testing.assert_close(
-            found.double(), expected, rtol=1e-6, atol=0.5 if found.dtype == torch.int64 else 1e-7
-        )
-        assert key == "table" or not torch.equal(found, start[key])
-
-
 def test_c_goes_out_in_the_parameters_type_and_is_kept_in_float64():
     strategy, grid = Scaffold(2, num_clients=6, seed=0), grid_of(client_app, 6)
     third = {
@@ -346,50 +336,6 @@ def test_config_reaches_the_strategy():
 
 
 # ---- whole runs
-
-
-def finals(folder, config):
-    return {name: (folder / name / "final.safetensors").read_bytes() for name in config.strategies}
-
-
-def usable(folder, name):
-    return [
-        event["num_clients"] - event["num_failed"]
-        for event in lines(folder / name / "metrics.jsonl")
-        if event["phase"] == "train"
-    ]
-
-
-@pytest.mark.parametrize("model", ["mlp", "federations:NormNet"])
-@pytest.mark.parametrize("batch_norm", ["aggregate", "local"])
-@pytest.mark.parametrize("option", OPTIONS)
-def test_all_clients_replies_are_usable(tmp_path, option, batch_norm, model):
-    config = tiny(strategies=NAMES, model=model, batch_norm=batch_norm, scaffold={"option": option})
-    seen = []
-    run(config, tmp_path, spying(seen))
-    for name in NAMES:
-        assert usable(tmp_path, name) == [3, 3]
-    aligned = [each.alignment is not None for each in seen if each.kind == "train"]
-    assert aligned == [False] * 6 + [True] * 6
-    assert finals(tmp_path, config)["scaffold"] != finals(tmp_path, config)["scaffold-wsa"]
-
-
-def test_it_goes_on_from_a_checkpoint_with_the_clients_controls(tmp_path):
-    config = tiny(strategies=NAMES, rounds=4)
-    run(config, tmp_path / "whole")
-    run(config.model_copy(update={"rounds": 2}), tmp_path / "parts")
-    for name in NAMES:
-        (tmp_path / "parts" / name / "final.safetensors").unlink()
-        checkpoint = load_file(tmp_path / "parts" / name / "checkpoints" / "round-000002.safetensors")
-        prefix = "strategy/wrapped/control/" if name.endswith("wsa") else "strategy/control/"
-        assert {key.removeprefix(prefix) for key in checkpoint if key.startswith(prefix)} == set(initial_model())
-        clients = [key for key in checkpoint if key.startswith("client/")]
-        assert 3 <= len(clients) <= 6
-        assert all(f"control {name}".encode() in checkpoint[key].numpy().tobytes() for key in clients)
-    run(config, tmp_path / "parts")
-    assert finals(tmp_path / "parts", config) == finals(tmp_path / "whole", config)
-    for name in NAMES:
-        assert lines(tmp_path / "parts" / name / "metrics.jsonl") == lines(tmp_path / "whole" / name / "metrics.jsonl")
 
 
 def test_the_fold_gives_the_same_bits_as_the_server_alone(tmp_path):

@@ -5,10 +5,8 @@ from typing import cast
 import torch
 from flwr.app import RecordDict
 
-from clients.memory import recall, remember
-from clients.objectives.objective import Objective, Task, gradients_of
+from clients.objectives.objective import Objective, Task, gradients_of, keep, kept
 from fedwsa import messages
-from fedwsa.arrays import load
 
 KEPT = "feddyn-gradient"
 
@@ -22,14 +20,10 @@ class FedDyn(Objective):
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
-        settings = messages.config_of(task.message)
-        self.alpha = float(cast(float, settings[messages.DYNAMIC_ALPHA]))
+        self.alpha = float(cast(float, messages.config_of(task.message)[messages.DYNAMIC_ALPHA]))
         self.weights = list(task.parameters.values())
         self.start = [weights.detach().clone() for weights in self.weights]
-        own = {name: torch.zeros_like(weights) for name, weights in task.parameters.items()}
-        if (kept := recall(task.context, settings, KEPT)) is not None:
-            load(own, kept)
-        self.own = list(own.values())
+        self.own = kept(task, KEPT)
 
     @torch.no_grad()
     def add_gradient(self) -> None:
@@ -42,5 +36,4 @@ class FedDyn(Objective):
     def finish(self, reply: RecordDict, steps: int) -> None:
         """Keep g_i − α (w − x)."""
         new = torch._foreach_sub(self.own, torch._foreach_sub(self.weights, self.start), alpha=self.alpha)
-        kept = dict(zip(self.task.parameters, new, strict=True))
-        remember(self.task.context, messages.config_of(self.task.message), KEPT, kept)
+        keep(self.task, KEPT, new)

@@ -1,12 +1,15 @@
 """What every client objective is."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, Context, Message, RecordDict
 from torch import Tensor, nn
 
+from clients.memory import recall, remember
+from fedwsa import messages
+from fedwsa.arrays import load
 from fedwsa.config import Config
 
 
@@ -48,6 +51,25 @@ class Objective:
 
     def finish(self, reply: RecordDict, steps: int) -> None:
         """After so many steps, the model as it will be sent: keep what is to be kept, add what the server is to get."""
+
+
+def kept(task: Task, what: str) -> list[Tensor]:
+    """What the client kept by this name after its last training, a tensor a parameter; zeros before the first."""
+    return filled(task, recall(task.context, messages.config_of(task.message), what))
+
+
+def keep(task: Task, what: str, numbers: Iterable[Tensor]) -> None:
+    """Keep a tensor a parameter, whose memory is handed over, for the next training."""
+    named = dict(zip(task.parameters, numbers, strict=True))
+    remember(task.context, messages.config_of(task.message), what, named)
+
+
+def filled(task: Task, record: Mapping[str, Array] | None) -> list[Tensor]:
+    """The record's numbers as the parameters are, in their order; zeros without one."""
+    tensors = {name: torch.zeros_like(weights) for name, weights in task.parameters.items()}
+    if record is not None:
+        load(tensors, record)
+    return list(tensors.values())
 
 
 def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:

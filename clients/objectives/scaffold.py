@@ -1,6 +1,5 @@
 """SCAFFOLD, on the client. Karimireddy et al., arXiv 1910.06378, algorithm 1, lines 7 to 14."""
 
-from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
@@ -8,10 +7,9 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from clients.memory import recall, remember
-from clients.objectives.objective import Objective, Task, gradients_of
+from clients.objectives.objective import Objective, Task, filled, gradients_of, keep, kept
 from fedwsa import messages
-from fedwsa.arrays import load, pack
+from fedwsa.arrays import pack
 from fedwsa.momentum import accumulated
 
 KEPT = "control"
@@ -40,8 +38,8 @@ class Scaffold(Objective):
         self.sent = cast(ArrayRecord, task.message.content[messages.CONTROL])
         self.weights = list(task.parameters.values())
         self.start = [weights.detach().clone() for weights in self.weights]
-        self.server = self._filled({name: self.sent[name] for name in task.parameters.keys() & self.sent.keys()})
-        self.own = self._filled(recall(task.context, messages.config_of(task.message), KEPT))
+        self.server = filled(task, {name: self.sent[name] for name in task.parameters.keys() & self.sent.keys()})
+        self.own = kept(task, KEPT)
         self.correction = torch._foreach_sub(self.server, self.own)
         self.gradient: list[Tensor] | None = None  # at x, where the option has it
         if option == "I":
@@ -65,8 +63,7 @@ class Scaffold(Objective):
         new = self._mean_gradient(steps) if self.gradient is None else self.gradient
         changes = dict(zip(self.task.parameters, torch._foreach_sub(new, self.own), strict=True))
         reply[messages.CONTROL] = pack({name: changes.get(name, _zeros(array)) for name, array in self.sent.items()})
-        kept = dict(zip(self.task.parameters, new, strict=True))
-        remember(self.task.context, messages.config_of(self.task.message), KEPT, kept)
+        keep(self.task, KEPT, new)
 
     def _mean_gradient(self, steps: int) -> list[Tensor]:
         """Of the task, over the steps: (x − y)/(η‖a‖₁) less the correction."""
@@ -75,13 +72,6 @@ class Scaffold(Objective):
         torch._foreach_div_(mean, config.learning_rate * accumulated(steps, config.momentum))
         torch._foreach_sub_(mean, self.correction)
         return list(mean)
-
-    def _filled(self, record: Mapping[str, Array] | None) -> list[Tensor]:
-        """The record's numbers, as the parameters are; zeros without one."""
-        filled = {name: torch.zeros_like(weights) for name, weights in self.task.parameters.items()}
-        if record is not None:
-            load(filled, record)
-        return list(filled.values())
 
 
 def _zeros(array: Array) -> Tensor:
