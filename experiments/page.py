@@ -113,7 +113,7 @@ all clients of the round returned the same scope.</p>
 
 <h2>What averaging does</h2>
 {% for drawing in averaging %}
-{{ figure(drawing, "Cosine between updates, their norm, the barrier of the round and the spread of σ, by round") }}
+{{ figure(drawing, "Cosine between updates, their norm, what averaging destroys, the spread of scopes, by round") }}
 {% else %}
 <p>Nothing of it was measured.</p>
 {% endfor %}
@@ -125,8 +125,11 @@ of, on the samples that the server holds; above 0 averaging destroys, below 0 th
 {% if "np-merge" in run.strategies %}
 NP-Merge has learnt on these samples, so that its own is too low.
 {% endif %}
-<strong>Spread of σ</strong>: standard deviation over clients of the width σ of a layer's weights, mean over layers.
-{%- if measure_every %} All but the last are measured every {{ measure_every }} rounds.{% endif %}
+<strong>Share lost</strong>: the barrier as a part of what the clients gained; rounds in which they gained nothing have
+none. <strong>Spread of μ and σ</strong>: standard deviation over clients of the mean and the width of a layer's
+weights, mean over layers. <strong>Distance to the target</strong>: Σ<sub>k</sub> p<sub>k</sub> KL(client k ‖ target),
+summed over layers, where a target was sent.
+{%- if measure_every %} All but spreads and distances are measured every {{ measure_every }} rounds.{% endif %}
 {%- if run.seeds|length > 1 %} Line: mean over seeds; band: lowest to highest seed.{% endif %}</p>
 {% endif %}
 

@@ -1,5 +1,6 @@
 """What averaging did in each round, as SVG text in the manner of `experiments.figures`."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,16 +16,30 @@ if TYPE_CHECKING:
 Read = Callable[[Sequence[Event]], figures.Series]
 
 
+def mean_spread(events: Sequence[Event]) -> dict[int, float]:
+    """Round → mean over layers of the standard deviation of the clients' μ."""
+    return {r: statistics.fmean(by.values()) for r, by in layer_numbers(events, "scope_mean_spread").items()}
+
+
 def std_spread(events: Sequence[Event]) -> dict[int, float]:
     """Round → mean over layers of the standard deviation of the clients' σ."""
     return {r: statistics.fmean(by.values()) for r, by in layer_numbers(events, "scope_std_spread").items()}
+
+
+def target_distance(events: Sequence[Event]) -> dict[int, float]:
+    """Round → distance of the clients to the target, nats, summed over what is aligned; not where a layer has none."""
+    distances = {event["round"]: event.get("target_distance") for event in events if event["phase"] == "train"}
+    return {r: math.fsum(each) for r, each in distances.items() if each and None not in each}
 
 
 PANELS: dict[str, Read] = {
     "cosine between updates": lambda events: train_metric(events, "update-cosine"),
     "norm of an update": lambda events: train_metric(events, "update-norm"),
     "barrier of the round (nats)": lambda events: train_metric(events, "round-barrier"),
+    "share of the improvement lost": lambda events: train_metric(events, "improvement-lost"),
+    "spread of μ": mean_spread,
     "spread of σ": std_spread,
+    "distance to the target (nats)": target_distance,
 }
 """Title → how to read it; see `strategies.measures` for the definitions. All are drawn with 0 in sight."""
 

@@ -11,9 +11,9 @@ from test_report import STRATEGIES, fake_run, page_of, svg_texts
 
 from experiments import figures, round_figures
 from experiments.results import layer_numbers, read_run, train_metric
-from experiments.round_figures import PANELS, averaging_figure, std_spread
+from experiments.round_figures import PANELS, averaging_figure, std_spread, target_distance
 
-METRICS = {"update-cosine": 0.1, "update-norm": 2.0, "round-barrier": -0.5}
+METRICS = {"update-cosine": 0.1, "update-norm": 2.0, "round-barrier": -0.5, "improvement-lost": -0.25}
 
 
 def measured(folder: Path, every: int = 2, **changes: Any) -> Path:
@@ -24,6 +24,8 @@ def measured(folder: Path, every: int = 2, **changes: Any) -> Path:
         for event in events:
             if event["phase"] == "train":
                 event["scope_std_spread"] = [0.01 * event["round"], 0.0, 0.02]
+                event["scope_mean_spread"] = [0.001 * event["round"], 0.0, 0.002]
+                event["target_distance"] = [0.5, 0.25, 0.125 * event["round"]]
                 if event["round"] % every == 0:
                     event["metrics"] |= METRICS
         path.write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -46,6 +48,10 @@ def test_each_line_holds_the_numbers_of_the_events(tmp_path, monkeypatch):
         assert panels[title][: len(STRATEGIES)] == [[[r, value] for r in (2.0, 4.0, 6.0)]] * len(STRATEGIES)
     mean_over_layers = [[r, pytest.approx((0.01 * r + 0.02) / 3)] for r in range(1, 7)]
     assert panels["spread of σ"] == [mean_over_layers] * len(STRATEGIES)
+    tenth = [[r, pytest.approx((0.001 * r + 0.002) / 3)] for r in range(1, 7)]
+    assert panels["spread of μ"] == [tenth] * len(STRATEGIES)
+    summed = [[r, 0.75 + 0.125 * r] for r in range(1, 7)]
+    assert panels["distance to the target (nats)"] == [summed] * len(STRATEGIES)
 
 
 def test_zero_is_drawn_where_something_lies_below_it(tmp_path, monkeypatch):
@@ -54,14 +60,18 @@ def test_zero_is_drawn_where_something_lies_below_it(tmp_path, monkeypatch):
         "cosine between updates": 1,
         "norm of an update": 1,
         "barrier of the round (nats)": 2,
+        "share of the improvement lost": 2,
+        "spread of μ": 1,
         "spread of σ": 1,
+        "distance to the target (nats)": 1,
     }
 
 
-def test_a_run_without_measures_has_the_spread_alone(tmp_path):
+def test_a_run_without_measures_has_what_the_scopes_say_alone(tmp_path):
     texts = svg_texts(averaging_figure(read_run(measured(tmp_path / "run", every=99)), 0.1))
-    assert {"spread of σ", *STRATEGIES} <= set(texts)
+    assert {"spread of μ", "spread of σ", "distance to the target (nats)", *STRATEGIES} <= set(texts)
     assert not {"cosine between updates", "norm of an update", "barrier of the round (nats)"} & set(texts)
+    assert "share of the improvement lost" not in texts
 
 
 def test_a_strategy_that_measured_nothing_has_no_line(tmp_path):
@@ -87,7 +97,7 @@ def test_the_report_has_a_figure_for_every_alpha_and_says_what_it_shows(tmp_path
     texts = page.of("text")
     assert {f"cosine between updates, α = {alpha}" for alpha in ("0.1", "1")} <= set(texts)
     said = " ".join(" ".join(text for _, text in page.texts).split())
-    assert "All but the last are measured every 2 rounds." in said
+    assert "All but spreads and distances are measured every 2 rounds." in said
     assert "NP-Merge has learnt on these samples" in said
     assert "Nothing of it was measured." not in said
 
@@ -108,3 +118,12 @@ def test_what_is_read_from_events():
     assert std_spread(events) == {1: 2.0}
     assert layer_numbers(events, "layer_update_norms") == {2: {"a": pytest.approx(float("nan"), nan_ok=True)}}
     assert round_figures.PANELS["norm of an update"](events) == {2: 5.0}
+
+
+def test_distance_to_the_target_is_read_whatever_is_aligned():
+    def event(server_round, **lists):
+        return {"round": server_round, "phase": "train", "metrics": {}, "layers": ["a", "b"], **lists}
+
+    events = [event(1, target_distance=[0.5, 0.25]), event(2, target_distance=[0.125]), event(3)]
+    events.append(event(4, target_distance=[0.5, None]))
+    assert target_distance(events) == {1: 0.75, 2: 0.125}
