@@ -119,12 +119,16 @@ def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRe
     if alignment is None or alignment.strength == 0:
         return None
     parameters, target = dict(model.named_parameters()), alignment.target
-    # A server sees arrays; which of them are buffers, or one weight under two names, is known here.
-    others = model.state_dict().keys() - parameters.keys()
-    kept = [i for i, name in enumerate(target.names) if layer_of(name, alignment.granularity) not in others]
+    layers = [layer_of(name, alignment.granularity) for name in target.names]
+    if not parameters.keys() >= set(layers):
+        # A server sees arrays; which of them are buffers, or one weight under two names, is known here.
+        others = model.state_dict().keys() - parameters.keys()
+        kept = [i for i, layer in enumerate(layers) if layer not in others]
+        names = tuple(target.names[i] for i in kept)
+        target = WeightScope(names, target.means[kept], target.variances[kept])
     return WeightScopeRegularizer(
         parameters.items(),
-        WeightScope(tuple(target.names[i] for i in kept), target.means[kept], target.variances[kept]),
+        target,
         strength=alignment.strength,
         mode=alignment.mode,  # type: ignore[arg-type]
         reduction=alignment.reduction,  # type: ignore[arg-type]

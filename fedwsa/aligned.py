@@ -80,9 +80,8 @@ class LayerUnits:
     def _sums(self, held: Held) -> Iterable[tuple[_Layer, float, float]]:
         """Each layer that is to be pulled, its Σ w and Σ w²."""
         layers = [layer for layer in self._layers if _is_written(layer.parameter, held)]
-        flat = [_flat(layer.parameter) for layer in layers]
-        sums = _numbers([w.sum() for w in flat] + [torch.dot(w, w) for w in flat])
-        return zip(layers, sums[: len(layers)], sums[len(layers) :], strict=True)
+        sums = _sums([_flat(layer.parameter) for layer in layers])
+        return ((layer, *pair) for layer, pair in zip(layers, sums, strict=True))
 
     def _update(self, layer: _Layer, total: float, square: float, terms: Terms) -> tuple[float, float, float] | None:
         """Constant, b and origin of the layer's affine update constant + b (w − origin), if it can be made.
@@ -255,9 +254,11 @@ def _flat(weights: Tensor) -> Tensor:
     return weights.reshape(-1)
 
 
-def _numbers(scalars: list[Tensor]) -> list[float]:
-    """In one transfer from an accelerator, for each of which Python would wait."""
-    if not scalars or scalars[0].is_cpu:
-        return [scalar.item() for scalar in scalars]
-    numbers: list[float] = torch.stack(scalars).tolist()
-    return numbers
+def _sums(layers: list[Tensor]) -> Iterator[tuple[float, float]]:
+    """Σ w and Σ w² of each; on the CPU when it is its turn, so that its update finds it in the cache."""
+    if not layers or layers[0].is_cpu:
+        for w in layers:
+            yield w.sum().item(), torch.dot(w, w).item()
+        return
+    numbers = torch.stack([number for w in layers for number in (w.sum(), torch.dot(w, w))]).tolist()
+    yield from zip(numbers[::2], numbers[1::2], strict=True)  # in one transfer, for each of which Python would wait
