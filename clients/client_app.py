@@ -39,9 +39,11 @@ def train_message(message: Message, context: Context) -> Message:
     put_back(state, local, context, settings)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
     own_seed = torch_seed(config.seed[0], "client", server_round, client)
-    kept = torch.default_generator.get_state()  # what a module draws by itself, dropout for one, comes from there
+    generators = _generators(_device(config))
+    kept = [each.get_state() for each in generators]
     try:
-        torch.default_generator.manual_seed(own_seed)
+        for each in generators:
+            each.manual_seed(own_seed)
         order = torch.Generator().manual_seed(own_seed)
         seen = _augmented(images, config, server_round, client)
         alignment = messages.unpack_alignment(settings)
@@ -51,7 +53,8 @@ def train_message(message: Message, context: Context) -> Message:
             objective = make(Task(model, _shared(model, local), message, context, config, gradient))
         training = train(model, seen, labels, config, order, alignment, objective)
     finally:
-        torch.default_generator.set_state(kept)
+        for each, before in zip(generators, kept, strict=True):
+            each.set_state(before)
     keep(state, local, context, settings)
     reply = {**state, **sent}  # in the order of the state
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: training.loss})
@@ -59,7 +62,8 @@ def train_message(message: Message, context: Context) -> Message:
         metrics[messages.SCOPE_STRENGTH] = training.strength
     metrics.update(messages.pack_scope(measure(state)))  # of what it trained, also where the server gets none of it
     if alignment and alignment.granularity != "layer":
-        scope = measure(state, granularity=alignment.granularity)
+        pooled = {name: tensor for name, tensor in state.items() if not alignment.layers or name in alignment.layers}
+        scope = measure(pooled, granularity=alignment.granularity)
         metrics.update(messages.pack_scope(scope, alignment.granularity))
     content = RecordDict({messages.ARRAYS: pack(reply), messages.METRICS: metrics})
     if objective:
@@ -178,6 +182,12 @@ def _device(config: Config) -> torch.device:
     if not torch.cuda.is_available():
         raise ValueError(f"gpus-per-client = {config.gpus_per_client:g}: no CUDA device here; allowed is 0")
     return torch.device("cuda", 0)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """From which a module draws by itself, for dropout or the like."""
+    cpu = torch.default_generator
+    return [cpu] if device.type == "cpu" else [cpu, torch.cuda.default_generators[device.index]]
 
 
 def _moved(tensor: Tensor, config: Config) -> Tensor:

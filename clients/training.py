@@ -39,7 +39,8 @@ def train(
 
     images: [N, C, H, W] float32, maybe `Augmented`, labels: [N] int64, N ≥ 1, on the model's device. Each epoch is a
     new permutation from `generator`; for its last batch see `_batches`. Without an objective it is the task's loss.
-    `clip-norm` bounds the norm of the task's gradient; what the objective and the alignment add comes after.
+    `clip-norm` bounds the norm of the task's gradient, with that of the objective's penalty (MOON's contrast); what the
+    objective and the alignment add to it comes after, and a share that fixes λ is of the gradient before that.
     """
     if not model.training:  # it goes through all modules
         model.train()
@@ -55,11 +56,11 @@ def train(
             with torch.no_grad():
                 if config.clip_norm:
                     nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                if regularizer and steps == 0 and alignment and alignment.share > 0:
+                    regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
                 if objective:
                     objective.add_gradient()
                 if regularizer:
-                    if steps == 0 and alignment and alignment.share > 0:
-                        regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
                     regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
                 step()
                 if regularizer:
@@ -81,7 +82,7 @@ def mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: Conf
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     total = [torch.zeros_like(weights) for weights in parameters.values()]
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
         for batch in _batches(order, config.batch_size, model):
             logits = torch.func.functional_call(model, buffers, (images[batch],))
             loss = F.cross_entropy(logits, labels[batch], reduction="sum")
@@ -119,6 +120,8 @@ def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRe
     if alignment is None or alignment.strength == 0:
         return None
     parameters, target = dict(model.named_parameters()), alignment.target
+    if alignment.layers:
+        parameters = {name: weights for name, weights in parameters.items() if name in alignment.layers}
     layers = [layer_of(name, alignment.granularity) for name in target.names]
     if not parameters.keys() >= set(layers):
         # A server sees arrays; which of them are buffers, or one weight under two names, is known here.

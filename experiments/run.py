@@ -43,8 +43,8 @@ from fedwsa.run_folder import (
     write_atomically,
 )
 from fedwsa.simulation import open_engine, simulate
-from fedwsa.targets import init_scheme
 from strategies.server_app import make_app
+from strategies.wsa import aligned_with
 
 TRACE = "trace.json"
 
@@ -95,11 +95,8 @@ def check(config: Config) -> None:
         dataset = data.of_config(config)
         model = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
         weights.begin(model, config)
-        if (
-            any(name.endswith(configuration.ALIGNED) for name in config.strategies)
-            and config.wsa.target == "init-scheme"
-        ):
-            init_scheme(model, config.init)
+        if any(name.endswith(configuration.ALIGNED) for name in config.strategies):
+            aligned_with(model, config)
         if config.uses("np-merge") and config.np_merge.align:
             try:
                 chain_permutations(model.state_dict())

@@ -144,7 +144,10 @@ def _whose(run: Run) -> str:
     """What the accuracy is of."""
     local = any(name.removesuffix(ALIGNED) == "local-only" for name in run.strategies)
     own = "; of local-only the mean over the clients' own models" if local else ""
-    return f"Accuracy of the global model on the test split, after the last round and not at its best{own}."
+    of = f"Accuracy of the global model on the test split, after the last round and not at its best{own}."
+    if (policy := run.config.get("batch-norm", "aggregate")) != "aggregate":
+        of += f' With batch-norm = "{policy}" clients use other models: their own accuracy is in metrics.jsonl.'
+    return of
 
 
 def _costs(groups: Sequence[Sequence[Summary]]) -> list[list[str]]:

@@ -20,6 +20,9 @@ Terms = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
 Report = Callable[[list[str]], None]
 Held = set[int] | None
 
+PART = 1 << 18
+"""Weights whose squares the CPU adds up in one go, in float32 to 1e-6 of their sum; ten times as many lose a digit."""
+
 
 class Units(Protocol):
     """What `UNITS` holds: made of the target's parameters, the target, and whom to tell of degenerate units."""
@@ -117,12 +120,10 @@ class ChannelUnits:
     def add_gradient(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
         for name, weights, _, a, b, deviations, ready in self._maps(terms, held):
-            if weights.grad is None:
-                weights.grad = torch.zeros_like(weights)
             gradient = a + b * deviations
             ready &= self._fitting(gradient, weights)
             self._tell(name, ready)
-            weights.grad.add_(gradient.masked_fill(~ready, 0).to(weights.dtype).reshape(weights.shape))
+            _gradient_of(weights).add_(gradient.masked_fill(~ready, 0).to(weights.dtype).reshape(weights.shape))
 
     def move(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
@@ -225,10 +226,17 @@ def _fits(largest: float, a: float, b: float, mean: float, variance: float, size
 
 def _add_gradient(weights: Tensor, constant: float, b: float, origin: float) -> None:
     """Add constant + b (w − origin) to the gradient."""
+    centred = weights - origin if origin else weights
+    _gradient_of(weights).add_(centred, alpha=b).add_(constant)
+
+
+def _gradient_of(weights: Tensor) -> Tensor:
+    """`.grad`, made where there is none."""
     if weights.grad is None:
         weights.grad = torch.zeros_like(weights)
-    centred = weights - origin if origin else weights
-    weights.grad.add_(centred, alpha=b).add_(constant)
+    elif weights.grad.is_sparse:
+        raise ValueError("mode='loss' cannot join a sparse gradient, since the term's is dense; use mode='proximal'")
+    return weights.grad
 
 
 def _move(weights: Tensor, constant: float, b: float, origin: float, anchor: Tensor | None = None) -> None:
@@ -258,7 +266,8 @@ def _sums(layers: list[Tensor]) -> Iterator[tuple[float, float]]:
     """Σ w and Σ w² of each; on the CPU when it is its turn, so that its update finds it in the cache."""
     if not layers or layers[0].is_cpu:
         for w in layers:
-            yield w.sum().item(), torch.dot(w, w).item()
+            parts = [w] if len(w) <= PART else torch.split(w, PART)
+            yield w.sum().item(), sum([torch.dot(part, part).item() for part in parts])
         return
     numbers = torch.stack([number for w in layers for number in (w.sum(), torch.dot(w, w))]).tolist()
     yield from zip(numbers[::2], numbers[1::2], strict=True)  # in one transfer, for each of which Python would wait

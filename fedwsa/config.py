@@ -30,32 +30,14 @@ from fedwsa.sections import (
     Positive,
     ScaffoldConfig,
     Section,
+    Texts,
     WSAConfig,
+    as_tuple,
 )
 
 
 class ConfigError(UsageError):
     """A configuration that cannot run; the message has one line a problem: key, value, what is allowed."""
-
-
-def _as_list(value: Any) -> Any:
-    """A single value or "a,b,c" where a list is meant."""
-    if isinstance(value, str):
-        return [_number_or_text(part.strip()) for part in value.split(",") if part.strip()]
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _number_or_text(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_list(value))
 
 
 ALIGNED = "-wsa"  # behind any strategy's name: with weight scope alignment around it
@@ -77,11 +59,7 @@ class Config(Section):
             description="up to 80 letters, digits, dots, hyphens and underscores, the first a letter or digit",
         ),
     ] = "main"
-    strategies: Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (
-        "fedavg",
-        "fedavg-wsa",
-        "np-merge",
-    )
+    strategies: Texts = ("fedavg", "fedavg-wsa", "np-merge")
 
     data: str = "digits"
     data_dir: str = ""  # where the data set's own files lie; empty: the usual places
@@ -90,7 +68,7 @@ class Config(Section):
     shift_strength: NonNegative = 0.1  # at the last client: std of the noise, full turns, share of the contrast lost
     num_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     partitioner: str = "dirichlet"
-    alpha: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0.1,)
+    alpha: Annotated[tuple[Positive, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0.1,)
     min_size: Annotated[int, Field(ge=1)] = 2  # samples of the smallest client
     balanced: bool = False  # dirichlet: equal sizes
     shards_per_client: Annotated[int, Field(ge=1)] = 2
@@ -110,7 +88,7 @@ class Config(Section):
         str, Field(pattern=r"^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty")
     ] = ""  # that the file must have; a run fills it in
     batch_norm: Literal["aggregate", "local", "local-statistics"] = "aggregate"  # what stays with the clients
-    seed: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+    seed: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
 
     rounds: Annotated[int, Field(ge=1)] = 30
     cohort: Annotated[int, Field(ge=1)] = 10
@@ -123,7 +101,7 @@ class Config(Section):
     learning_rate: Positive = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegative = 0.0
-    clip_norm: NonNegative = 0.0  # of the task's gradient at a client's step, all parameters together; 0: no clipping
+    clip_norm: NonNegative = 0.0  # of the task's gradient, and MOON's, at a client's step, all parameters; 0: none
     augmentation: str = ""  # of training images, anew at each step: flip, crop-flip; empty: none
     target_accuracy: Annotated[float, Field(gt=0, le=1)] = 0.8
 

@@ -7,7 +7,8 @@ word of an embedding; of a transposed convolution, which PyTorch keeps the other
 ours.
 """
 
-from collections.abc import Mapping, Sequence
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
 
 GRANULARITIES = ("layer", "channel", "model")
@@ -28,6 +29,20 @@ def channel_name(layer: str, index: int) -> str:
 def layer_of(unit: str, granularity: str) -> str:
     """Name of the layer that a unit belongs to; "model" for the whole."""
     return unit.rpartition("[")[0] if granularity == "channel" and unit.endswith("]") else unit
+
+
+def matching(layers: Iterable[str], patterns: Collection[str]) -> list[str]:
+    """The layers whose names match any of the patterns, `*` for any text, in their order.
+
+    Raises ValueError for a pattern that matches none of them, but for `*`.
+    """
+    names = list(layers)
+    for pattern in patterns:
+        if pattern != "*" and not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"layers = {pattern!r}: matches none of the model's layers, {', '.join(names) or '(none)'}"
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def units(shapes: Mapping[str, Sequence[int]], granularity: str) -> dict[str, int]:

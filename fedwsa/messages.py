@@ -6,8 +6,9 @@ A train or evaluate message holds
 * ``config`` (ConfigRecord): ``server-round``, ``schema-version`` and, where a strategy aligns weight scopes,
   the target ``scope-names``, ``scope-means``, ``scope-variances`` (lists of length L) with ``scope-strength`` (λ),
   ``scope-mode`` and ``scope-reduction``, and, where they are not the default, ``scope-divergence`` (forward-kl),
-  ``scope-granularity`` (layer; the names are then those of the units, `fedwsa.granularity`) and ``scope-share`` (0; if
-  more, each client finds λ itself, `WeightScopeRegularizer.fix_strength`); ``strategy``, its name, by which clients
+  ``scope-granularity`` (layer; the names are then those of the units, `fedwsa.granularity`) with ``scope-layers``, the
+  layers that the unit "model" pools, and ``scope-share`` (0; if more, each client finds λ itself,
+  `WeightScopeRegularizer.fix_strength`); ``strategy``, its name, by which clients
   tell what they keep for it; and ``objective``, what clients minimise besides the task's loss (`clients.objectives`),
   with its numbers (``proximal-mu``; ``control-option``, I or II; ``dynamic-alpha``; ``contrastive-mu`` and
   ``temperature``);
@@ -56,6 +57,7 @@ FIRST_SAMPLE, LAST_SAMPLE = "first-sample", "last-sample"
 SCOPE_NAMES, SCOPE_MEANS, SCOPE_VARIANCES = "scope-names", "scope-means", "scope-variances"
 SCOPE_STRENGTH, SCOPE_MODE, SCOPE_REDUCTION = "scope-strength", "scope-mode", "scope-reduction"
 SCOPE_DIVERGENCE, SCOPE_GRANULARITY, SCOPE_SHARE = "scope-divergence", "scope-granularity", "scope-share"
+SCOPE_LAYERS = "scope-layers"
 UNIT_MEANS, UNIT_VARIANCES = "unit-means", "unit-variances"
 
 TEST_SPLIT = "evaluate.test_split"  # the type of an evaluation that a worker does for the server
@@ -66,7 +68,10 @@ COUNTED = {"fednova": (LOCAL_STEPS,)}  # by objective, the metrics that replies 
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """Target scope and how strongly the clients train towards it; share > 0: each fixes its own λ by it."""
+    """Target scope and how strongly the clients train towards it; share > 0: each fixes its own λ by it.
+
+    layers: those that the unit of granularity "model" pools, empty for the others.
+    """
 
     target: WeightScope
     strength: float
@@ -75,6 +80,7 @@ class Alignment:
     divergence: str = "forward-kl"
     granularity: str = "layer"
     share: float = 0.0
+    layers: tuple[str, ...] = ()
 
 
 def pack_alignment(alignment: Alignment) -> dict[str, Any]:
@@ -83,6 +89,7 @@ def pack_alignment(alignment: Alignment) -> dict[str, Any]:
         SCOPE_DIVERGENCE: (alignment.divergence, "forward-kl"),
         SCOPE_GRANULARITY: (alignment.granularity, "layer"),
         SCOPE_SHARE: (alignment.share, 0.0),
+        SCOPE_LAYERS: (list(alignment.layers), []),
     }
     return {
         SCOPE_NAMES: list(alignment.target.names),
@@ -112,6 +119,7 @@ def unpack_alignment(config: ConfigRecord) -> Alignment | None:
         divergence=str(entries.get(SCOPE_DIVERGENCE, "forward-kl")),
         granularity=str(entries.get(SCOPE_GRANULARITY, "layer")),
         share=float(entries.get(SCOPE_SHARE, 0.0)),
+        layers=tuple(entries.get(SCOPE_LAYERS, ())),
     )
 
 

@@ -39,7 +39,7 @@ class WeightScopeRegularizer:
     named_parameters: as `model.named_parameters()` gives them. target: see `fedwsa.scope.measure`, of the same
     granularity. strength: λ >= 0. divergence: D, see `fedwsa.divergence`; mode="proximal" has none for "reverse-kl".
     granularity: what is said here of layers holds for "layer"s, "channel"s, or for all layers of `named_parameters` as
-    the one unit "model" (`fedwsa.granularity`).
+    the one unit "model" (`fedwsa.granularity`), of which those that train are a part; so should they be of its target.
     Raises ValueError for a λ that is negative or not finite, an unknown mode, reduction, divergence or granularity, or
     a target layer that is not a floating-point parameter.
 
@@ -70,7 +70,6 @@ class WeightScopeRegularizer:
         self.granularity = granularity
         self._divergence = divergence_of(divergence, mode)
         self._parameters = _named_by(target, dict(named_parameters), granularity)
-        self._sizes = units({name: tensor.shape for name, tensor in self._parameters.items()}, granularity)
         self._reduction = reduction
         self._share = 1 / max(1, len(target.names)) if reduction == "mean" else 1.0
         self._strength = strength * self._share  # λ per layer
@@ -83,7 +82,10 @@ class WeightScopeRegularizer:
         return self._strength / self._share
 
     def penalty(self) -> float:
-        """R, without λ, in the divergence's unit; for logs. Frozen layers count, degenerate ones count 0."""
+        """R, without λ, in the divergence's unit; for logs. Degenerate units count 0, frozen layers as others do.
+
+        But for the unit "model", which is of the layers that train.
+        """
         return divergence(self._scope(), self.target, self._divergence.name).sum().item() * self._share
 
     def add_gradient(self) -> None:
@@ -146,11 +148,11 @@ class WeightScopeRegularizer:
         """Have every `optimizer.step()` do the mode's work on the layers that the optimiser holds, at their group's η.
 
         β is the group's momentum for `torch.optim.SGD` and 0 for all others. Loss mode works on the gradients that are
-        there when `step()` is called, hence after clipping, once for all that was accumulated, and not with a closure
-        (ValueError at the step); gradients that a GradScaler has scaled must be unscaled by then, as its own `step`
-        does but for optimisers with fused=True. Where loss mode under SGD is beyond the bound of `fedwsa.stability` the
-        logger "fedwsa" is told. Once per optimiser: each call adds the term anew. Raises ValueError if the optimiser
-        holds none of the target's parameters.
+        there when `step()` is called, hence after clipping, once for all that was accumulated, and neither with a
+        closure nor with sparse gradients (ValueError at the step); gradients that a GradScaler has scaled must be
+        unscaled by then, as its own `step` does but for optimisers with fused=True. Where loss mode under SGD is beyond
+        the bound of `fedwsa.stability` the logger "fedwsa" is told. Once per optimiser: each call adds the term anew.
+        Raises ValueError if the optimiser holds none of the target's parameters.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if self._parameters and held.isdisjoint(map(id, self._parameters.values())):
@@ -181,7 +183,10 @@ class WeightScopeRegularizer:
             raise ValueError(
                 "mode='loss' misses gradients made by a closure; use mode='proximal' or step() without one"
             )
-        self._add_gradient({id(parameter) for group in optimizer.param_groups for parameter in group["params"]})
+        for sign in (1.0, -1.0):  # `maximize` climbs, and would climb the term too
+            groups = [group for group in optimizer.param_groups if bool(group.get("maximize")) == (sign < 0)]
+            if held := {id(parameter) for group in groups for parameter in group["params"]}:
+                self._add_gradient(held, sign)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[Any, Any]) -> None:
         heavy_ball = isinstance(optimizer, torch.optim.SGD)
@@ -202,8 +207,8 @@ class WeightScopeRegularizer:
         return {id(parameter) for parameter in group["params"]} & {id(each) for each in self._parameters.values()}
 
     @torch.no_grad()
-    def _add_gradient(self, held: Held) -> None:
-        strength, gradient = self._strength, self._divergence.gradient
+    def _add_gradient(self, held: Held, sign: float = 1.0) -> None:
+        strength, gradient = sign * self._strength, self._divergence.gradient
         if strength == 0:
             return
 
@@ -223,8 +228,18 @@ class WeightScopeRegularizer:
             return
         self._units.move(partial(proximal, c=c), held)
 
+    def _counted(self) -> dict[str, Tensor]:
+        """The parameters that the units consist of."""
+        if self.granularity != "model":
+            return self._parameters
+        return {name: tensor for name, tensor in self._parameters.items() if tensor.requires_grad} or self._parameters
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return units({name: tensor.shape for name, tensor in self._counted().items()}, self.granularity)
+
     def _scope(self) -> WeightScope:
-        return measure(self._parameters, lambda name, tensor: True, self.granularity)
+        return measure(self._counted(), lambda name, tensor: True, self.granularity)
 
     def _gradient_norm(self) -> float:
         """‖∂ΣD/∂w‖ over the layers that train: Σ (a + b w)² of a unit is n ((a + b μ)² + b² σ²)."""

@@ -1,12 +1,30 @@
 """Sections of a run's configuration: what belongs to one method, each key with its meaning, range and default."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def as_tuple(value: Any) -> Any:
+    """A single value or "a,b,c" where several are meant."""
+    if isinstance(value, str):
+        return tuple(_number_or_text(part.strip()) for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -30,6 +48,7 @@ class WSAConfig(Section):
     reduction: Literal["sum", "mean"] = "sum"  # over layers
     divergence: Literal["forward-kl", "reverse-kl", "wasserstein"] = "forward-kl"
     granularity: Literal["layer", "channel", "model"] = "layer"  # whose weights share a mean and a variance
+    layers: Texts = ("*",)  # that are aligned: their parameters' names, or patterns with `*` in them
     schedule: Literal["constant", "first-k-rounds", "linear-decay", "relative"] = "constant"  # of the strength
     schedule_rounds: Annotated[int, Field(ge=0)] = 0  # first-k-rounds: k; linear-decay: after so many it is 0
     share: NonNegative = 0.0  # relative: the term's gradient norm as a share of the task's, at a round's first step

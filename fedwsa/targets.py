@@ -33,7 +33,9 @@ def gaussian(
     return WeightScope(names, means, torch.full_like(means, std**2))
 
 
-def init_scheme(model: nn.Module, scheme: str = "default", granularity: str = "layer") -> WeightScope:
+def init_scheme(
+    model: nn.Module, scheme: str = "default", is_layer: LayerPredicate = is_layer, granularity: str = "layer"
+) -> WeightScope:
     """Mean 0 and the standard deviation with which each layer's own initialiser draws it; no weight is looked at.
 
     scheme: as `init` in the config; "default" is PyTorch's own for the kind of layer, and not what a model's own

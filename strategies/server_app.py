@@ -94,7 +94,8 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
             continue
         strategy = strategies.build(name, config, holdout)
         if config.measure_every:
-            looked_at = strategies.Holdout(evaluate_arrays.model, holdout.images, holdout.labels)
+            seen = slice(None if config.batch_norm == "aggregate" else 0)  # else losses would be of models nobody uses
+            looked_at = strategies.Holdout(evaluate_arrays.model, holdout.images[seen], holdout.labels[seen])
             strategy = Measures(strategy, looked_at, config.measure_every)
         gate = Gate(strategy, min_replies=config.min_replies, fail=config.on_client_failure == "fail")
         Rounds(name, gate, grid, config, strategy_folder, evaluate_arrays, notify).run(

@@ -1,7 +1,7 @@
 """Weight scope alignment around any strategy. arXiv 2408.12237; see `fedwsa.scope` for the formulas."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from functools import partial
 from logging import WARNING
 from typing import Self
@@ -16,15 +16,15 @@ from fedwsa import messages, targets
 from fedwsa.arrays import unpack
 from fedwsa.config import Config
 from fedwsa.divergence import divergence_of
-from fedwsa.granularity import GRANULARITIES
-from fedwsa.scope import VARIANCE_FUSIONS, WeightScope, measure, moving_average
+from fedwsa.granularity import GRANULARITIES, layer_of, matching
+from fedwsa.scope import VARIANCE_FUSIONS, WeightScope, is_layer, measure, moving_average
 from fedwsa.simulation.folding import Fold, MakeFold
 from fedwsa.simulation.sending import Replies
 from fedwsa.stability import Descent, warning
 from strategies.aggregation import ScopeStatistics, Weigh, weight_of
 from strategies.fedavg import FedAvg
 from strategies.holdout import Holdout
-from strategies.sampling import each
+from strategies.scoped import ClientScopes, ScopedFold, stripped
 from strategies.wrapper import Wrapper
 
 SCHEDULES = ("constant", "first-k-rounds", "linear-decay", "relative")
@@ -40,6 +40,9 @@ class WeightScopeAlignment(Wrapper):
     divergence: `forward-kl`, `reverse-kl` (loss mode only) or `wasserstein`, see `fedwsa.divergence`.
     granularity: whose weights share a scope: a `layer`'s, a `channel`'s or the `model`'s, see `fedwsa.granularity`.
         What is recorded of a round is by layer whatever it is.
+    layers: names of the layers that are aligned, the others are free; None: all arrays of two or more dimensions that
+        hold floats, which besides parameters may be buffers, or one parameter twice. Of granularity `model` these are
+        the layers that are pooled, so there name those that train.
     schedule: `constant`; `first-k-rounds`, λ up to round `schedule_rounds` and 0 from then on; `linear-decay`,
         λ(1 − (r − 1)/`schedule_rounds`) in round r, never below 0; `relative`, λ is found by each client once a round
         such that the term's gradient norm is `share` of the task's at its first step (`strength` then only turns the
@@ -63,6 +66,7 @@ class WeightScopeAlignment(Wrapper):
         reduction: str = "sum",
         divergence: str = "forward-kl",
         granularity: str = "layer",
+        layers: Collection[str] | None = None,
         schedule: str = "constant",
         schedule_rounds: int = 0,
         share: float = 0.0,
@@ -96,6 +100,7 @@ class WeightScopeAlignment(Wrapper):
         self.reduction = reduction
         self.divergence = divergence
         self.granularity = granularity
+        self.layers = None if layers is None else frozenset(layers)
         self.schedule = schedule
         self.schedule_rounds = schedule_rounds
         self.share = share if schedule == "relative" else 0.0
@@ -108,14 +113,12 @@ class WeightScopeAlignment(Wrapper):
 
     @classmethod
     def around(cls, strategy: Strategy, config: Config, model: nn.Module) -> Self:
-        """Any strategy, with what a run's config says of WSA; model: of the architecture, its weights are not read."""
+        """Any strategy, with what a run's config says of WSA; model: of the architecture, its weights are not read.
+
+        Raises ValueError where `wsa.layers` or the target does not go with the model.
+        """
         wsa = config.wsa
-        target: str | WeightScope = wsa.target
-        if wsa.target == "gaussian":
-            parameters = dict(model.named_parameters())
-            target = targets.gaussian(parameters, wsa.target_mean, wsa.target_std, granularity=wsa.granularity)
-        elif wsa.target == "init-scheme":
-            target = targets.init_scheme(model, config.init, wsa.granularity)
+        layers, target = aligned_with(model, config)
         return cls(
             strategy,
             strength=wsa.strength,
@@ -123,6 +126,7 @@ class WeightScopeAlignment(Wrapper):
             reduction=wsa.reduction,
             divergence=wsa.divergence,
             granularity=wsa.granularity,
+            layers=layers,
             schedule=wsa.schedule,
             schedule_rounds=wsa.schedule_rounds,
             share=wsa.share,
@@ -144,16 +148,21 @@ class WeightScopeAlignment(Wrapper):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """What the wrapped strategy sends, and the target."""
+        aligned = ArrayRecord({name: arrays[name] for name in messages.layer_names(arrays) if self._aligns(name)})
         if self.target is None:
-            self.target = _scope(arrays, self.granularity)
+            self.target = measure(unpack(aligned), granularity=self.granularity)
         strength = self.strength_of(server_round)
         if strength > 0:
-            self._check(self.target, strength, messages.unit_sizes(arrays, self.granularity))
+            self._check(self.target, strength, messages.unit_sizes(aligned, self.granularity))
+            pooled = tuple(aligned) if self.granularity == "model" else ()
             alignment = messages.Alignment(
-                self.target, strength, self.mode, self.reduction, self.divergence, self.granularity, self.share
+                self.target, strength, self.mode, self.reduction, self.divergence, self.granularity, self.share, pooled
             )
             config = ConfigRecord({**config, **messages.pack_alignment(alignment)})
         return self.strategy.configure_train(server_round, arrays, config, grid)
+
+    def _aligns(self, layer: str) -> bool:
+        return self.layers is None or layer in self.layers
 
     def _check(self, target: WeightScope, strength: float, sizes: dict[str, int]) -> None:
         """ValueError for a target of other layers; a warning where loss mode gets beyond its bound."""
@@ -172,8 +181,8 @@ class WeightScopeAlignment(Wrapper):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the wrapped strategy makes of the replies; the fused scope and its distances join the metrics."""
-        scopes = _Scopes(self.granularity, self.weigh)
-        arrays, metrics = self.strategy.aggregate_train(server_round, Replies(_stripped(replies, scopes)))
+        scopes = ClientScopes(self.granularity, self.weigh)
+        arrays, metrics = self.strategy.aggregate_train(server_round, Replies(stripped(replies, scopes)))
         return self._follow(server_round, arrays, metrics, scopes)
 
     def folding(self) -> MakeFold | None:
@@ -181,13 +190,13 @@ class WeightScopeAlignment(Wrapper):
         inner = getattr(self.strategy, "folding", None)
         own = type(self).aggregate_train is WeightScopeAlignment.aggregate_train
         make = inner() if inner and own else None
-        return partial(_ScopedFold, make, self.granularity, self.weigh) if make else None
+        return partial(ScopedFold, make, self.granularity, self.weigh) if make else None
 
     def conclude_train(self, server_round: int, folded: Fold | None) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What `aggregate_train` gives, from the fold of the replies."""
         if folded is None:
             return None, None
-        assert isinstance(folded, _ScopedFold)
+        assert isinstance(folded, ScopedFold)
         arrays, metrics = self.strategy.conclude_train(server_round, folded.inner)  # type: ignore[attr-defined]
         return self._follow(server_round, arrays, metrics, folded.scopes)
 
@@ -198,7 +207,7 @@ class WeightScopeAlignment(Wrapper):
         return weigh
 
     def _follow(
-        self, server_round: int, arrays: ArrayRecord | None, metrics: MetricRecord | None, scopes: "_Scopes"
+        self, server_round: int, arrays: ArrayRecord | None, metrics: MetricRecord | None, scopes: ClientScopes
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         if not arrays:
             return arrays, metrics
@@ -206,16 +215,28 @@ class WeightScopeAlignment(Wrapper):
         by_layer = self._fused(arrays, scopes.layers)
         fused = by_layer if scopes.units is scopes.layers else self._fused(arrays, scopes.units)
         if fused and self.follows_clients:
-            before = self.target if self.target and self.target_momentum else fused
-            self.target = moving_average(before, fused, self.target_momentum)
+            new = self._aligned_part(fused)
+            before = self.target if self.target and self.target_momentum else new
+            self.target = moving_average(before, new, self.target_momentum)
         if by_layer is None:
             return arrays, metrics
         to_target = scopes.units.target_metrics(sent) if sent else {}
         return arrays, MetricRecord({**(metrics or {}), **scopes.layers.metrics(by_layer), **to_target})
 
     def _fused(self, arrays: ArrayRecord, scopes: ScopeStatistics) -> WeightScope | None:
-        merged = _scope(arrays, scopes.granularity) if self.variance == "merged" else None
+        merged = None
+        if self.variance == "merged":
+            pools = scopes.granularity == "model"
+            names = [name for name in messages.layer_names(arrays) if not pools or self._aligns(name)]
+            merged = measure(unpack({name: arrays[name] for name in names}), granularity=scopes.granularity)
         return scopes.fused(self.variance, merged)
+
+    def _aligned_part(self, scope: WeightScope) -> WeightScope:
+        """Of the units of all layers those that are aligned; the unit of the whole model is one."""
+        if self.layers is None or self.granularity == "model":
+            return scope
+        kept = [i for i, name in enumerate(scope.names) if self._aligns(layer_of(name, self.granularity))]
+        return WeightScope(tuple(scope.names[i] for i in kept), scope.means[kept], scope.variances[kept])
 
     def state(self) -> dict[str, Tensor]:
         """The target, [mean, variance] by layer, and the wrapped strategy's state (AttributeError if it has none)."""
@@ -249,51 +270,21 @@ class FedAvgWSA(WeightScopeAlignment):
         return cls.around(FedAvg.from_config(config, holdout), config, holdout.model)
 
 
-class _Scopes:
-    """The clients' scopes by layer, which are recorded, and by unit, which make the target; often the same."""
+def aligned_with(model: nn.Module, config: Config) -> tuple[list[str], str | WeightScope]:
+    """The model's layers that `wsa.layers` says, of the unit "model" those that train; and the target.
 
-    def __init__(self, granularity: str, weigh: Weigh) -> None:
-        self.layers = ScopeStatistics(weigh=weigh)
-        self.units = self.layers if granularity == "layer" else ScopeStatistics(granularity, weigh)
+    Raises ValueError for a pattern that matches no layer, or a target that the model cannot have.
+    """
+    wsa, parameters = config.wsa, dict(model.named_parameters())
+    named = set(matching([name for name, weights in parameters.items() if is_layer(name, weights)], wsa.layers))
+    pools = wsa.granularity == "model"
+    layers = [name for name, weights in parameters.items() if name in named and (weights.requires_grad or not pools)]
 
-    def take(self, reply: Message) -> None:
-        """Out of the reply's metrics."""
-        for scopes in self._kinds():
-            scopes.take(messages.arrays_of(reply), messages.metrics_of(reply))
+    def chosen(name: str, tensor: Tensor) -> bool:
+        return name in layers
 
-    def merge(self, later: "_Scopes") -> None:
-        """Take over another's."""
-        for own, other in zip(self._kinds(), later._kinds(), strict=True):
-            own.merge(other)
-
-    def _kinds(self) -> list[ScopeStatistics]:
-        return [self.layers] if self.units is self.layers else [self.layers, self.units]
-
-
-class _ScopedFold:
-    """The scopes, and the wrapped strategy's part of replies that have none."""
-
-    def __init__(self, make: MakeFold, granularity: str, weigh: Weigh) -> None:
-        self.scopes, self.inner = _Scopes(granularity, weigh), make()
-
-    def add(self, reply: Message) -> None:
-        self.scopes.take(reply)
-        self.inner.add(reply)
-
-    def merge(self, later: Self) -> None:
-        self.scopes.merge(later.scopes)
-        self.inner.merge(later.inner)
-
-
-def _scope(arrays: ArrayRecord, granularity: str) -> WeightScope:
-    layers = set(messages.layer_names(arrays))
-    kept = {name: array for name, array in arrays.items() if name in layers}
-    return measure(unpack(kept), granularity=granularity)
-
-
-def _stripped(replies: Iterable[Message], scopes: _Scopes) -> Iterator[Message]:
-    """Replies without their scopes: Flower's strategies demand the same metrics of every client."""
-    for reply in each(replies):
-        if reply.has_content():
-            scopes.take(reply)
-        yield reply
+    if wsa.target == "gaussian":
+        return layers, targets.gaussian(parameters, wsa.target_mean, wsa.target_std, chosen, wsa.granularity)
+    if wsa.target == "init-scheme":
+        return layers, targets.init_scheme(model, config.init, chosen, wsa.granularity)
+    return layers, wsa.target

@@ -336,8 +336,15 @@ class OnCard(nn.Linear):
         return super().forward(images.flatten(1))
 
 
+class Dropping(nn.Sequential):
+    """Draws by itself at each step, on the card from the card's generator."""
+
+    def __init__(self, input_shape, num_classes):
+        super().__init__(nn.Flatten(), nn.Dropout(), nn.Linear(64, num_classes))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("model", ["test_cluster:OnCard", "mlp", "cnn"])
+@pytest.mark.parametrize("model", ["test_cluster:OnCard", "test_cluster:Dropping", "mlp", "cnn"])
 def test_clients_train_on_the_card_to_the_same_bits_for_any_number_of_workers(tmp_path, model):
     models = []
     for workers in (1, 4):

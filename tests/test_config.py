@@ -269,7 +269,7 @@ def test_unknown_key_of_a_section() -> None:
     ]
     assert problems(wsa={"zzzz": 1}) == [
         "wsa.zzzz: unknown key; allowed are wsa.strength, wsa.mode, wsa.reduction, wsa.divergence, wsa.granularity, "
-        "wsa.schedule, wsa.schedule-rounds, wsa.share, wsa.target, wsa.target-mean, wsa.target-std, "
+        "wsa.layers, wsa.schedule, wsa.schedule-rounds, wsa.share, wsa.target, wsa.target-mean, wsa.target-std, "
         "wsa.target-momentum, wsa.variance"
     ]
 

@@ -290,6 +290,13 @@ def test_norm_layers_are_measured_and_left_alone(tmp_path):
     assert one.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.parametrize("policy", ["local", "local-statistics"])
+def test_there_is_no_barrier_of_models_whose_batch_norm_nobody_uses(policy, tmp_path):
+    run(tiny(measure_every=1, model="federations:NormNet", strategies=("fedavg",), batch_norm=policy), tmp_path)
+    for event in (each for each in lines(tmp_path / "fedavg" / "metrics.jsonl") if each["phase"] == "train"):
+        assert event["metrics"].keys() & SCALARS == {"update-norm", "update-cosine"}
+
+
 def test_a_measured_round_of_a_run_by_hand(tmp_path):
     """Updates from the clients' own models, the start of the round from its checkpoint."""
     seen = []

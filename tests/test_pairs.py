@@ -8,10 +8,11 @@ import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
 import torch
-from federations import Seen, holdout, initial_model, lines, run, spying, tiny
+from federations import Seen, grid_of, holdout, initial_model, lines, one_round, run, spying, tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedwsa.arrays import pack
 from fedwsa.config import Config
 from fedwsa.seeding import torch_seed
 from strategies import STRATEGIES, FedAvg, Holdout, build
@@ -173,6 +174,21 @@ def test_the_private_strategy_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     run(tiny(strategies=("private:fedavg", "private:fedavg-wsa"), rounds=1), tmp_path / "run")
     assert (tmp_path / "run" / "private:fedavg-wsa" / "final.safetensors").exists()
+
+
+def test_the_private_strategy_of_the_page_keeps_the_state_of_the_one_inside(tmp_path, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    found = {}
+    exec(code, found)
+    inner = STRATEGIES["feddyn"](tiny(), holdout())
+    private = found["Private"](inner, noise_multiplier=1.0, clipping_norm=0.5, num_sampled_clients=3)
+    one_round(private, grid_of(spying([]), 6, tiny().to_run_config()), pack(initial_model()))
+    assert private.state().keys() == inner.state().keys()
+    fresh = STRATEGIES["feddyn"](tiny(), holdout())
+    found["Private"](fresh, noise_multiplier=1.0, clipping_norm=0.5, num_sampled_clients=3).load_state(private.state())
+    for name, tensor in inner.state().items():
+        assert tensor.any()
+        assert torch.equal(fresh.state()[name], tensor)
 
 
 def test_every_strategy_is_in_the_table():

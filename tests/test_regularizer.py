@@ -146,6 +146,14 @@ def test_float32_gradient_is_accurate_even_where_the_mean_dwarfs_the_deviation(s
     torch.testing.assert_close(weights.grad.double(), expected, rtol=0, atol=2e-6 * scale)
 
 
+def test_float32_gradient_of_millions_of_weights_is_accurate():
+    weights = layer((2000, 2000), 0.0, 0.05, dtype=torch.float32)  # 5e-5 off where all are added up in one go
+    WeightScopeRegularizer([("a", weights)], scope(a=(0, 0.04))).add_gradient()
+    exact = weights.detach().double()
+    expected = (exact / 0.04**2 - (exact - exact.mean()) / exact.var(correction=0)) / exact.numel()
+    torch.testing.assert_close(weights.grad.double(), expected, rtol=0, atol=5e-6 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_layers_are_measured_in_float64(dtype):
     # One per cent from the target: a variance rounded to the layer's dtype would be wrong by a tenth of that or more.
@@ -447,6 +455,40 @@ def test_layers_that_the_optimizer_does_not_hold_are_left_alone():
         assert model[0].weight.grad is None
         assert torch.equal(model[0].weight, network()[0].weight)
         assert not torch.equal(model[3].weight, network()[3].weight)
+
+
+@pytest.mark.parametrize("mode", ["loss", "proximal"])
+def test_an_optimizer_that_climbs_is_pulled_to_the_target_too(mode):
+    climbing, descending = network(), network()
+    for model, sign in ((climbing, -1.0), (descending, 1.0)):
+        optimizer = torch.optim.SGD(groups(model), momentum=0.5, maximize=sign < 0)
+        WeightScopeRegularizer(model.named_parameters(), NETWORK_TARGET, strength=3.0, mode=mode).attach(optimizer)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (sign * task_loss(model)).backward()
+            optimizer.step()
+    assert_same_weights(climbing, descending, 1e-10)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel", "model"])
+def test_sparse_gradients_are_refused_in_loss_mode_and_taken_in_proximal_mode(granularity):
+    for mode in ("loss", "proximal"):
+        table = nn.Embedding(30, 8, sparse=True)
+        target = measure(
+            {"weight": torch.randn(30, 8, generator=torch.Generator().manual_seed(0))}, granularity=granularity
+        )
+        regularizer = WeightScopeRegularizer(
+            table.named_parameters(), target, strength=1e9, mode=mode, granularity=granularity
+        )
+        optimizer = torch.optim.SGD(table.parameters(), lr=0.01)
+        regularizer.attach(optimizer)
+        table(torch.tensor([1, 2])).sum().backward()
+        if mode == "loss":
+            with pytest.raises(ValueError, match=r"sparse gradient, .* use mode='proximal'"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert regularizer.penalty() < 1e-6
 
 
 def test_attach_refuses_another_models_optimizer():

@@ -284,6 +284,14 @@ def test_one_federation_has_a_row_a_strategy(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("policy", ["", "aggregate", "local"])
+def test_a_table_says_where_clients_use_other_models_than_the_one_it_is_of(policy: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [summary("fedavg", 0.7)], ["fedavg"], "0.1", "0")
+    if policy:
+        (folder / "config.toml").write_text(f'batch-norm = "{policy}"\n' + (folder / "config.toml").read_text())
+    assert ("their own accuracy is in metrics.jsonl" in summary_cells(read_run(folder)).note) == (policy == "local")
+
+
 def test_several_federations_have_a_column_an_alpha(tmp_path: Path) -> None:
     summaries = [
         *(summary("fedavg", a, alpha=0.1, seed=seed) for seed, a in enumerate([0.4, 0.5, 0.6])),

@@ -23,6 +23,7 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedMedian
 from safetensors.torch import load_file
 
+from clients.objectives import Objective, Task
 from clients.training import train
 from experiments.run import check
 from fedwsa import messages, models
@@ -51,9 +52,11 @@ def strengths(seen: list[Seen]) -> dict[int, float]:
     return found
 
 
-def unit_weights(model: dict[str, np.ndarray], granularity: str) -> dict[str, np.ndarray]:
+def unit_weights(
+    model: dict[str, np.ndarray], granularity: str, names: tuple[str, ...] = LAYERS
+) -> dict[str, np.ndarray]:
     """Each unit's weights by NumPy."""
-    layers = {name: model[name].astype(np.float64) for name in LAYERS}
+    layers = {name: model[name].astype(np.float64) for name in names}
     if granularity == "layer":
         return layers
     if granularity == "channel":
@@ -61,9 +64,11 @@ def unit_weights(model: dict[str, np.ndarray], granularity: str) -> dict[str, np
     return {"model": np.concatenate([layer.ravel() for layer in layers.values()])}
 
 
-def fused_by_hand(replies: list[Seen], granularity: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+def fused_by_hand(
+    replies: list[Seen], granularity: str, names: tuple[str, ...] = LAYERS
+) -> tuple[list[str], np.ndarray, np.ndarray]:
     weights = np.array([reply.metrics["num-examples"] for reply in replies], dtype=np.float64)
-    clients = [unit_weights(reply.model, granularity) for reply in replies]
+    clients = [unit_weights(reply.model, granularity, names) for reply in replies]
     p = (weights / weights.sum())[:, None]
     means = np.array([[unit.mean() for unit in client.values()] for client in clients])
     variances = np.array([[unit.var() for unit in client.values()] for client in clients])
@@ -118,6 +123,26 @@ def test_relative_strength_is_that_of_the_first_step_for_the_whole_round(mode, s
         assert not torch.equal(ends[0][name], plain.state_dict()[name])
 
 
+class Cancelling(Objective):
+    """Takes away most of the gradient, as SCAFFOLD and FedDyn do where they settle."""
+
+    def add_gradient(self):
+        for weights in self.task.parameters.values():
+            weights.grad.mul_(1e-3)
+
+
+def test_relative_strength_is_by_the_tasks_gradient_and_not_by_what_an_objective_makes_of_it():
+    images, labels = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
+    config, found = tiny(), []
+    for make in (Objective, Cancelling):
+        model = models.build("mlp", *DIGITS, seed=0)
+        objective = make(Task(model, dict(model.named_parameters()), None, None, config))
+        alignment = alignment_towards(0.5, model.state_dict(), share=0.02)
+        generator = torch.Generator().manual_seed(0)
+        found.append(train(model, images, labels, config, generator, alignment, objective).strength)
+    assert found[0] == found[1] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -170,9 +195,8 @@ def test_only_what_is_not_the_default_is_said(tmp_path):
     seen = run_wsa(
         tmp_path / "b", rounds=1, divergence="wasserstein", granularity="model", schedule="relative", share=0.1
     )
-    assert all(
-        message.config.keys() == usual | {"scope-divergence", "scope-granularity", "scope-share"} for message in seen
-    )
+    more = {"scope-divergence", "scope-granularity", "scope-layers", "scope-share"}
+    assert all(message.config.keys() == usual | more for message in seen)
 
 
 @pytest.mark.parametrize("divergence", ["reverse-kl", "wasserstein"])
