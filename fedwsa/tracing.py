@@ -1,9 +1,10 @@
 """Where time goes: what a process does at each moment, as slices that do not overlap.
 
-Nothing is kept unless `start` was called. Times are those of `time.perf_counter`, which on Linux is one clock for all
-processes of a machine.
+Nothing is kept unless `start` was called, and nothing of other threads than the one that called it. Times are those of
+`time.perf_counter`, which on Linux is one clock for all processes of a machine.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ class _Trace:
         self.others: dict[str, list[Slice]] = {}  # of the workers, by name
         self.doing: list[str] = []
         self.since = time.perf_counter()
+        self.thread = threading.get_ident()
 
     def turn(self) -> None:
         """What was done until now is a slice."""
@@ -49,10 +51,10 @@ def is_on() -> bool:
 @contextmanager
 def span(what: str) -> Iterator[None]:
     """This process does `what`, except while a span inside this one says otherwise."""
-    if _trace is None:
+    trace = _trace
+    if trace is None or trace.thread != threading.get_ident():
         yield
         return
-    trace = _trace
     trace.turn()
     trace.doing.append(what)
     try:

@@ -6,7 +6,6 @@ import random
 import sys
 import time
 import weakref
-from collections import Counter
 from itertools import islice
 
 import apps
@@ -23,7 +22,7 @@ from fedwsa import seeding
 from fedwsa.simulation import open_engine, simulate
 from fedwsa.simulation.engine import perform, without
 
-RAISED = 2  # Flower's code of a client app that raises
+RAISED, UNAVAILABLE = 2, 3  # Flower's codes: a client app raised; there is no such message
 
 
 def federate(main, train, num_clients=4, engine="inprocess", **run_config):
@@ -68,7 +67,7 @@ def remember(message, context):
 class Scripted:
     """An engine with two workers that does the newest task first, writes down what it gets, and can be deaf."""
 
-    workers = 2
+    workers, workers_elsewhere = 2, False
 
     def __init__(self, deaf_to=()):
         self.deaf_to, self.tasks, self.submitted, self.cancelled = deaf_to, [], [], set()
@@ -88,6 +87,9 @@ class Scripted:
         assert timeout is not None, "would wait for ever"
         time.sleep(timeout)
         return []
+
+    def wake(self):
+        pass
 
     def cancel(self, message_ids):
         self.cancelled |= message_ids
@@ -163,17 +165,14 @@ def test_an_unknown_node_is_an_error_and_nothing_is_sent(node, way):
 # ---- push and pull
 
 
-def test_pull_gives_each_reply_once_and_does_not_wait():
+def test_pull_gives_each_reply_once_and_then_an_error_as_for_an_unknown_message():
     def main(grid):
         ids = grid.push_messages(messages(grid))
         assert len(set(ids)) == 4
-        pulled, rounds = Counter(), 0
-        while sum(pulled.values()) < 4:
-            rounds += 1
-            pulled.update(answer.metadata.reply_to_message_id for answer in grid.pull_messages(ids))
-        assert pulled == Counter(ids)
-        assert rounds > 1, "the first pull waited for all of them"
-        assert grid.pull_messages(ids) == []
+        assert [answer.metadata.reply_to_message_id for answer in grid.pull_messages(ids)] == ids
+        again = grid.pull_messages([*ids, "message-of-nobody", ids[0]])
+        assert [answer.metadata.reply_to_message_id for answer in again] == [*ids, "message-of-nobody"]
+        assert {answer.error.code for answer in again} == {UNAVAILABLE}
 
     federate(main, name)
 
@@ -181,10 +180,9 @@ def test_pull_gives_each_reply_once_and_does_not_wait():
 def test_pull_gives_only_what_it_was_asked_for():
     def main(grid):
         first, second = grid.push_messages(messages(grid, nodes=[1000, 1001]))
-        while not (seconds := grid.pull_messages([second])):
-            pass
-        (firsts,) = grid.pull_messages([first, "message-of-nobody"])
-        return value(firsts), value(seconds[0])
+        (seconds,) = grid.pull_messages([second])
+        (firsts,) = grid.pull_messages([first])
+        return value(firsts), value(seconds)
 
     assert federate(main, name) == (0, 1)
 
@@ -431,6 +429,25 @@ def test_a_client_finds_its_state_again():
         return [[value(answer) for answer in grid.send_and_receive(messages(grid, nodes=n))] for n in rounds]
 
     assert federate(main, remember) == [[1, 1], [2], [3, 1]]
+
+
+def test_a_client_that_raises_keeps_the_state_that_it_had():
+    def count(message, context):
+        counter = context.state.config_records.get("counter", ConfigRecord({"count": 0, "calls": [0]}))
+        context.state["counter"] = counter
+        counter["count"] += 1
+        counter["calls"].append(1)
+        if message.content["config"]["fail"]:
+            raise RuntimeError("half-way")
+        return reply(message, value=counter["count"], calls=len(counter["calls"]))
+
+    def main(grid):
+        answers = []
+        for fail in (True, False, True, True, False):
+            answers += grid.send_and_receive(messages(grid, config(fail=fail)))
+        return [(value(answer), answer.content["config"]["calls"]) for answer in answers if answer.has_content()]
+
+    assert federate(main, count, num_clients=1) == [(1, 2), (2, 3)]
 
 
 def test_a_client_can_empty_its_state():

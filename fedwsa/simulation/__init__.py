@@ -91,6 +91,9 @@ def simulate(
     engine.begin(Population(client_app, num_clients, config))
     grid = SimulationGrid(engine, num_clients, client_sizes)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
-    server_app(grid, context)
-    grid.finish()
+    try:
+        server_app(grid, context)
+        grid.finish()
+    finally:
+        grid.close()
     return context

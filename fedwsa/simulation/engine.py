@@ -86,6 +86,10 @@ class Engine(Protocol):
     def workers(self) -> int:
         """How many clients compute at the same time."""
 
+    @property
+    def workers_elsewhere(self) -> bool:
+        """Whether clients compute while nobody waits in `collect`."""
+
     def begin(self, population: Population) -> None:
         """Tasks from now on are for these clients."""
 
@@ -94,6 +98,9 @@ class Engine(Protocol):
 
     def collect(self, timeout: float | None) -> list[Outcome]:
         """Outcomes that are new; waits until there is one, for `timeout` seconds at most (None: without limit)."""
+
+    def wake(self) -> None:
+        """Make a `collect` that waits return; to be called by another thread than that which waits."""
 
     def cancel(self, message_ids: set[str]) -> None:
         """Give these jobs up, also where they are running; their answers never come."""
@@ -114,7 +121,7 @@ def answer(population: Population, job: Job) -> Answer:
         run_id=metadata.run_id,
         node_id=metadata.dst_node_id,
         node_config={"partition-id": job.partition_id, "num-partitions": population.num_clients},
-        state=RecordDict() if job.state is None else job.state,
+        state=RecordDict() if job.state is None else own_content(job.state),
         run_config=dict(population.run_config),
     )
     message = make_message(metadata, own_content(job.message.content))
@@ -126,6 +133,7 @@ def answer(population: Population, job: Job) -> Answer:
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
+        context.state = job.state or RecordDict()  # half of what it kept is nothing that it could go on from
     state = context.state if context.state or job.state is not None else None
     return Answer(metadata.message_id, reply, state, time.perf_counter() - start)
 
@@ -150,7 +158,7 @@ def perform(population: Population, task: Task) -> Outcome:
 class InProcessEngine:
     """The clients one after another in this process: no start-up, and a debugger works."""
 
-    workers = 1
+    workers, workers_elsewhere = 1, False
 
     def __init__(self, threads_per_client: int = 1) -> None:
         self.threads = threads_per_client
@@ -181,6 +189,9 @@ class InProcessEngine:
             if given.reply is not None and given.reply.has_content():
                 given.reply.content = own_content(given.reply.content)
         return [outcome]
+
+    def wake(self) -> None:
+        """See Engine; nothing waits here."""
 
     def cancel(self, message_ids: set[str]) -> None:
         """See Engine."""

@@ -1,13 +1,17 @@
 """Flower's `Grid` over an engine, so that any ServerApp runs unchanged."""
 
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import count
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.run import Run
 
 from fedwsa import tracing
@@ -15,6 +19,7 @@ from fedwsa.simulation.engine import Answer, Engine, Job, Task, own_content
 from fedwsa.simulation.folding import Fold, MakeFold, Tree
 from fedwsa.simulation.schedule import Durations
 from fedwsa.simulation.sending import Replies, Sending
+from fedwsa.simulation.turns import Turns
 from fedwsa.tracing import span
 
 FIRST_NODE_ID = 1000  # Flower gives 1 to the server; node id − FIRST_NODE_ID is the partition id
@@ -34,6 +39,7 @@ class _OnTheWay:
 class SimulationGrid(Grid):
     """The clients of one run. Replies come in the order in which their messages were sent.
 
+    Made in the thread of the ServerApp; other threads may use it too (`fedwsa.simulation.turns`).
     client_sizes: samples of each client, by partition id, so that the first round can begin with the longest.
     """
 
@@ -49,6 +55,9 @@ class SimulationGrid(Grid):
         self._due: dict[int, list[str]] = {}  # by partition id; the first of each is with the engine
         self._replies: dict[str, Message] = {}  # to pushed messages, not yet asked for
         self._open: list[Sending] = []
+        self._pushed = 0  # on the way
+        self._thread = threading.get_ident()
+        self._turns = Turns(lambda: self.receive(None), lambda: self._pushed > 0, engine.wake)
 
     def set_run(self, run: Run) -> None:
         """See Grid."""
@@ -71,27 +80,65 @@ class SimulationGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Hand messages to the clients; the ids are for `pull_messages`."""
-        self.finish()
-        numbered = self._numbered(messages)
-        for message in numbered:
-            self.send([message], None, None, 0)
-        return [message.metadata.message_id for message in numbered]
+        with self._turns:
+            self.finish()
+            return self._push(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies to these messages that are there by now; each is given once."""
-        self.receive(timeout=0)
-        return [self._replies.pop(message_id) for message_id in list(message_ids) if message_id in self._replies]
+        """The replies to these messages that are there by now; each is given once.
+
+        An error reply in place of that to a message that there is not, or whose reply was given, as Flower has it. In
+        this process (`inprocess`) the clients that were pushed to are run now.
+        """
+        with self._turns:
+            while self.receive(timeout=0):
+                pass
+            asked = list(dict.fromkeys(message_ids))
+            there = [message_id for message_id in asked if message_id not in self._on_the_way]
+            return [self._replies.pop(id_) if id_ in self._replies else _unavailable(id_) for id_ in there]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Replies in the order of the messages; iterating over them gives each as soon as all before it are there.
 
         After `timeout` seconds of waiting (None: no limit) the replies that are missing are given up, running clients
-        included.
+        included. To another thread than that of the ServerApp they are given when all are there.
         """
-        self.finish()
-        sending = Sending(self, self._numbered(messages), None, timeout)
-        self._open.append(sending)
-        return Replies(reply for _, reply in sending if reply is not None)
+        if threading.get_ident() != self._thread:
+            return Replies(iter(self._from_another_thread(messages, timeout)))
+        with self._turns:
+            self.finish()
+            sending = Sending(self, self._numbered(messages), None, timeout)
+            self._open.append(sending)
+        return Replies(self._coming(sending))
+
+    def _coming(self, sending: Sending) -> Iterator[Message]:
+        while True:
+            with self._turns:
+                piece = next(sending, None)
+            if piece is None:
+                return
+            if piece[1] is not None:
+                yield piece[1]
+
+    def _from_another_thread(self, messages: Iterable[Message], timeout: float | None) -> list[Message]:
+        with self._turns:
+            ids = self._push(messages)
+        if self.engine.workers_elsewhere:
+            self._turns.wait_for(lambda: self._on_the_way.keys().isdisjoint(ids), timeout)
+        with self._turns:
+            while not self.engine.workers_elsewhere and self.receive(timeout=0):
+                pass
+            self.give_up(set(ids))
+            return [self._replies.pop(message_id) for message_id in ids if message_id in self._replies]
+
+    def _push(self, messages: Iterable[Message]) -> list[str]:
+        numbered = self._numbered(messages)
+        for message in numbered:
+            self._pushed += 1
+            self.send([message], None, None, 0)
+        if self.engine.workers_elsewhere:
+            self._turns.feed()
+        return [message.metadata.message_id for message in numbered]
 
     def fold(self, messages: Iterable[Message], make: MakeFold, *, timeout: float | None = None) -> Fold | None:
         """What the replies come to, error replies included; None if there are no messages.
@@ -99,20 +146,26 @@ class SimulationGrid(Grid):
         The workers fold what they can; the result does not depend on how many there are. A reply that is missing after
         `timeout` seconds of waiting is given up. make: picklable; gives an empty part.
         """
-        self.finish()
-        sending = Sending(self, self._numbered(messages), make, timeout)
-        self._open.append(sending)  # until it is done: what is raised meanwhile leaves no message behind
-        tree = Tree()
-        for size, part in sending:
-            with span("aggregate"):
-                tree.push(size, make() if part is None else part)
-        return tree.total()
+        with self._turns:
+            self.finish()
+            sending = Sending(self, self._numbered(messages), make, timeout)
+            self._open.append(sending)  # until it is done: what is raised meanwhile leaves no message behind
+            tree = Tree()
+            for size, part in sending:
+                with span("aggregate"):
+                    tree.push(size, make() if part is None else part)
+            return tree.total()
 
     def finish(self) -> None:
         """Run what was sent and never looked at, as a real network would."""
-        for sending in self._open:
-            sending.finish()
-        self._open.clear()
+        with self._turns:
+            for sending in self._open:
+                sending.finish()
+            self._open.clear()
+
+    def close(self) -> None:
+        """Nothing goes out or comes in any more."""
+        self._turns.close()
 
     def _numbered(self, messages: Iterable[Message]) -> list[Message]:
         """Copies with ids: clients get what the ServerApp sent, whatever it changes before they start."""
@@ -166,7 +219,9 @@ class SimulationGrid(Grid):
         if not message_ids:
             return
         self.engine.cancel(message_ids)
-        for partition_id in {self._on_the_way.pop(message_id).partition_id for message_id in message_ids}:
+        given_up = [self._on_the_way.pop(message_id) for message_id in message_ids]
+        self._pushed -= sum(each.sending is None for each in given_up)
+        for partition_id in {each.partition_id for each in given_up}:
             self._strike(partition_id, message_ids)
 
     def _strike(self, partition_id: int, message_ids: set[str]) -> None:
@@ -178,8 +233,11 @@ class SimulationGrid(Grid):
             if left[0] != first:
                 self._submit([left[0]])
 
-    def receive(self, timeout: float | None) -> None:
-        """Take what has come to those who wait for it; waits until something has, for `timeout` seconds at most."""
+    def receive(self, timeout: float | None) -> bool:
+        """Take what has come to those who wait for it; waits until something has, for `timeout` seconds at most.
+
+        False where nothing has.
+        """
         with span("dispatch"):
             outcomes = self.engine.collect(timeout)
         for outcome in outcomes:
@@ -189,6 +247,7 @@ class SimulationGrid(Grid):
                 first = settled[0]
                 assert first.sending is not None
                 first.sending.arrived(first.position, len(outcome.answers), outcome.fold)
+        return bool(outcomes)
 
     def _settle(self, answer: Answer) -> _OnTheWay | None:
         """A client has answered; None if its message was given up in the meantime."""
@@ -202,8 +261,26 @@ class SimulationGrid(Grid):
         if answer.reply is not None:
             answer.reply.metadata.__dict__["_message_id"] = f"reply-to-{answer.message_id}"
             if known.sending is None:
+                self._pushed -= 1
                 self._replies[answer.message_id] = answer.reply
             else:
                 known.sending.arrived(known.position, 1, answer.reply)
         self._strike(known.partition_id, {answer.message_id})
         return known
+
+
+def _unavailable(message_id: str) -> Message:
+    """In place of the reply to a message that there is not (any more)."""
+    server = Metadata(
+        run_id=1,
+        message_id=f"no-reply-to-{message_id}",
+        src_node_id=SUPERLINK_NODE_ID,
+        dst_node_id=SUPERLINK_NODE_ID,
+        reply_to_message_id=message_id,
+        group_id="",
+        created_at=time.time(),
+        ttl=0.0,
+        message_type=SYSTEM_MESSAGE_TYPE,
+    )
+    reason = "no such message, or its reply was pulled before"
+    return make_message(server, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))

@@ -112,6 +112,11 @@ class RayEngine:
         """See Engine."""
         return self._workers
 
+    @property
+    def workers_elsewhere(self) -> bool:
+        """See Engine."""
+        return True
+
     def begin(self, population: Population) -> None:
         """See Engine."""
         self._queue.clear()
@@ -149,6 +154,10 @@ class RayEngine:
                 outcomes += self._receive(links[ready])
         self._dispatch()
         return outcomes
+
+    def wake(self) -> None:
+        """See Engine."""
+        os.write(self._wake_writer, b".")
 
     def cancel(self, message_ids: set[str]) -> None:
         """See Engine; an actor that has one of these is replaced."""

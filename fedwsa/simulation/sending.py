@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Any, Protocol, overload
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
 
+from fedwsa.arrays import num_bytes
 from fedwsa.simulation.folding import BLOCK, MakeFold
 from fedwsa.simulation.schedule import UNIT_SECONDS, Durations, units
 from fedwsa.tracing import span
@@ -31,7 +31,7 @@ class Carrier(Protocol):
     def send(self, messages: list[Message], make: MakeFold | None, sending: "Sending", position: int) -> None:
         """Hand messages over that travel together; the answers come to `sending.arrived`."""
 
-    def receive(self, timeout: float | None) -> None:
+    def receive(self, timeout: float | None) -> bool:
         """Wait until something has arrived somewhere, for `timeout` seconds at most."""
 
     def give_up(self, message_ids: set[str]) -> None:
@@ -66,6 +66,8 @@ class Sending:
             raise StopIteration
         while self._position not in self._arrived and self._may_wait():
             self._fill()
+            if not self._unanswered:
+                raise RuntimeError(f"{self._ids[self._position]} is neither answered nor on the way: an engine lost it")
             start = time.monotonic()
             self._grid.receive(self._left)
             if self._left is not None:
@@ -200,6 +202,4 @@ class Replies(Sequence[Message]):
 def _reply_bytes(messages: list[Message], make: MakeFold | None) -> int:
     """About what an answer will have: the model that went out, as float64 sums where it is folded."""
     records = messages[0].content.values() if messages else ()
-    arrays = [array for record in records if isinstance(record, ArrayRecord) for array in record.values()]
-    width = 2 if make else 1
-    return width * sum(prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+    return (2 if make else 1) * sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
