@@ -63,7 +63,7 @@ Series = Mapping[int, float]  # round → value
 def accuracy_figure(run: Run) -> str | None:
     """Server accuracy by round: a panel for every α, a line for every strategy; None before the first evaluation.
 
-    Over several seeds the line is their mean and the band reaches from the lowest to the highest.
+    Over several seeds it is as `draw_seeds` says.
     """
     curves = {
         (alpha, name): [server_accuracy(result.events) for result in run.results(alpha, name)]
@@ -162,20 +162,20 @@ def _grid(rows: int, columns: int, row_height: float) -> "tuple[Figure, np.ndarr
 
 
 def draw_seeds(axes: "Axes", seeds: Sequence[Series], index: int, name: str, lines: "dict[str, Line2D]") -> None:
-    """Mean over seeds by round, and the band between the lowest and the highest; rounds that all begun seeds have.
+    """By round: mean over the seeds that have a finite value there, with a band from their lowest to their highest.
 
-    index: of the strategy, whose name the line has in `lines`.
+    index: of the strategy, whose name the line has in `lines`; without a round there is none.
     """
     begun = [series for series in seeds if series]
     if not begun:
         return
-    rounds = sorted(set.intersection(*(set(series) for series in begun)))
-    values = np.array([[series[r] for r in rounds] for series in begun])
+    rounds = sorted(set().union(*begun))
+    values = np.ma.masked_invalid([[series.get(r, math.nan) for r in rounds] for series in begun])
     colour, dash = COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
     width = max(1.5, 2.4 - 0.5 * index)  # a line under another, equal one can still be seen
     (lines[name],) = axes.plot(rounds, values.mean(0), color=colour, linestyle=dash, linewidth=width, zorder=3)
     if len(rounds) == 1:
-        lines[name].set_marker("o")
+        lines[name].set(marker="o", clip_on=False)
     if len(begun) > 1:
         axes.fill_between(rounds, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
@@ -222,8 +222,9 @@ def _scope_maps(
             cells = np.full((len(layers), last), np.nan)
             for r in range(1, last + 1):
                 for i, layer in enumerate(layers):
-                    found = [seed[r][layer] for seed in distances[alpha, name] if layer in seed.get(r, {})]
-                    cells[i, r - 1] = statistics.fmean(found) if found else math.nan
+                    found = [seed.get(r, {}).get(layer, math.nan) for seed in distances[alpha, name]]
+                    finite = list(filter(math.isfinite, found))
+                    cells[i, r - 1] = statistics.fmean(finite) if finite else math.nan
             extent = (0.5, last + 0.5, len(layers) - 0.5, -0.5)
             image = axes.imshow(cells, aspect="auto", extent=extent, norm=norm, cmap="viridis", interpolation="nearest")
             axes.grid(visible=False)

@@ -58,6 +58,10 @@ TEMPLATE = """\
 {{ svg(drawing) }}</div>
 {% if caller is defined %}<figcaption>{{ caller() }}</figcaption>{% endif %}</figure>
 {% endmacro %}
+{% macro over_seeds() %}
+{% if run.seeds|length > 1 %} Line: at each round the mean over the seeds that have a value there; band: from the lowest
+of them to the highest.{% endif %}
+{% endmacro %}
 <!DOCTYPE html>
 <html lang="en">
 <head>
@@ -92,7 +96,7 @@ TEMPLATE = """\
 {% call figure(accuracy, "Accuracy of the global model by round, one line a strategy") %}
 Accuracy of the global model on the server's test split{% if server.test %} of {{ "{:,}".format(server.test) }} samples\
 {% endif %}; round 0 is the model before training.
-{%- if run.seeds|length > 1 %} Line: mean over seeds; band: lowest to highest seed.{% endif %}
+{{- over_seeds() }}
 {% endcall %}
 {% else %}
 <p>No evaluation yet.</p>
@@ -105,7 +109,8 @@ Gaussian with the mean and variance of its weights, p<sub>k</sub> is the client'
 all clients of the round returned the same scope.</p>
 {% if scope %}
 {% call figure(scope, "Scope distance by layer and round") %}
-{% if run.seeds|length > 1 %}Mean over seeds. {% endif %}Lower is better aligned.
+Lower is better aligned.
+{%- if run.seeds|length > 1 %} At each round it is the mean over the seeds that have a value there.{% endif %}
 {% endcall %}
 {% else %}
 <p>No client sent a scope.</p>
@@ -113,24 +118,24 @@ all clients of the round returned the same scope.</p>
 
 <h2>What averaging does</h2>
 {% for drawing in averaging %}
-{{ figure(drawing, "Cosine between updates, their norm, what averaging destroys, the spread of scopes, by round") }}
+{{ figure(drawing, "What averaging does, by round") }}
 {% else %}
 <p>Nothing of it was measured.</p>
 {% endfor %}
 {% if averaging %}
-<p class="note"><strong>Cosine</strong>: between the updates of two clients of a round, mean over all pairs; 1 if all go
-the same way. <strong>Norm</strong>: length of a client's update, mean over clients; both over all parameters that
-train. <strong>Barrier</strong>: loss of the new global model less the mean loss of the clients' models that it was made
-of, on the samples that the server holds; above 0 averaging destroys, below 0 the average is better than its parts.
-{% if "np-merge" in run.strategies %}
+<p class="note">
+{%- for panel in panels %}<strong>{{ panel.name|capitalize }}</strong>: {{ panel.meaning }}.
+{% if panel.name == "barrier" and np_merge %}
 NP-Merge has learnt on these samples, so that its own is too low.
 {% endif %}
-<strong>Share lost</strong>: the barrier as a part of what the clients gained; rounds in which they gained nothing have
-none. <strong>Spread of μ and σ</strong>: standard deviation over clients of the mean and the width of a layer's
-weights, mean over layers. <strong>Distance to the target</strong>: Σ<sub>k</sub> p<sub>k</sub> KL(client k ‖ target),
-summed over layers, where a target was sent.
-{%- if measure_every %} All but spreads and distances are measured every {{ measure_every }} rounds.{% endif %}
-{%- if run.seeds|length > 1 %} Line: mean over seeds; band: lowest to highest seed.{% endif %}</p>
+{% endfor %}
+{% if "norm" in drawn and measure_every > 1 %}
+All but spreads and distances are measured every {{ measure_every }} rounds.
+{%- endif %}{{ over_seeds() }}</p>
+{% if missing %}
+<p class="note"><strong>Not drawn</strong>: {% for why, names in missing.items() %}{{ names|join(", ") }} ({{ why }})\
+{{ "; " if not loop.last else "." }}{% endfor %}</p>
+{% endif %}
 {% endif %}
 
 <h2>Who holds which labels</h2>
@@ -148,12 +153,17 @@ stronger the colour, the more, on a square-root scale.
 <h2>What each strategy was given</h2>
 {% if server.samples %}
 <p>The server holds {{ "{:,}".format(server.samples) }} labelled samples (origin: {{ server.origin }}). No client trains
-on them, whatever the strategy. NP-Merge alone uses them, to learn its merging coefficients; plain FedAvg needs no such
-data.
-{% if "np-merge" in run.strategies %}
+on them, whatever the strategy. Of our strategies NP-Merge alone learns from them, its merging coefficients; plain
+FedAvg needs no such data.
+{% if np_merge %}
 NP-Merge was therefore given labelled data that the others never saw.
+{% if "barrier" in drawn %}
+The barrier above is a loss on them too, whatever the strategy; no model learns from it.
+{% endif %}
+{% elif "barrier" in drawn %}
+NP-Merge is not part of this run: of ours only the barrier above used them, from which no model learns.
 {% else %}
-NP-Merge is not part of this run, so they were not used.
+NP-Merge is not part of this run, and no barrier was measured: nothing of ours used them.
 {% endif %}
 </p>
 {% else %}

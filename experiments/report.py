@@ -10,6 +10,7 @@ from experiments.page import STYLE, TEMPLATE
 from experiments.results import Run, read_run, split_without_alpha
 from experiments.table import Cells, difference_cells, summary_cells
 from fedwsa import files
+from fedwsa.config import ALIGNED
 
 PHASES = {"train": "training", "evaluate-clients": "evaluation on clients"}
 
@@ -21,6 +22,7 @@ def write_report(run_dir: Path) -> Path:
 
     run = read_run(run_dir)
     folder = run_dir.resolve()
+    panels = round_figures.shown_panels(run)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = template.from_string(TEMPLATE).render(
         run=run,
@@ -33,9 +35,13 @@ def write_report(run_dir: Path) -> Path:
         accuracy=figures.accuracy_figure(run),
         scope=figures.scope_figure(run),
         averaging=[each for alpha in run.alphas if (each := round_figures.averaging_figure(run, alpha))],
+        panels=panels,
+        drawn={panel.name for panel in panels},
+        missing=round_figures.missing_panels(run),
         measure_every=run.config.get("measure-every", 0),
         partitions=_partition_figures(run),
         server=_server_data(run),
+        np_merge=any(map(_is_np_merge, run.strategies)),
         given=_given(run),
         failures=_failures(run),
         command=f"fedwsa run {shlex.quote(f'{folder.parent.name}/{folder.name}/config.toml')}",
@@ -122,6 +128,11 @@ def _server_data(run: Run) -> dict[str, Any]:
     }
 
 
+def _is_np_merge(strategy: str) -> bool:
+    """By itself or aligned."""
+    return strategy.removesuffix(ALIGNED) == "np-merge"
+
+
 def _given(run: Run) -> Cells:
     """Labelled samples that a strategy learns from on the server: NP-Merge alone does, of ours."""
     samples = _server_data(run)["samples"]
@@ -129,7 +140,7 @@ def _given(run: Run) -> Cells:
     def on_server(name: str) -> str:
         if ":" in name:
             return "as its own code decides"
-        return f"{samples:,}, to learn its merging coefficients" if name == "np-merge" else "none"
+        return f"{samples:,}, to learn its merging coefficients" if _is_np_merge(name) else "none"
 
     rows = tuple((name, on_server(name)) for name in run.strategies)
     return Cells("", ("strategy", "labelled samples learnt from on the server"), rows, "")

@@ -24,9 +24,10 @@ class Summary:
     """One finished (α, seed, strategy); a line of the run's own `metrics.jsonl` is `dataclasses.asdict` of it.
 
     rounds: the last round that has an event. final_accuracy, last5_accuracy, target_accuracy: in [0, 1]; the last
-    server evaluation (not the best one) and the mean of the last five. rounds_to_target: the first evaluated round at
-    or above the target, None if none is. seconds, bytes_down, bytes_up: summed over all phases. scope_distance: nats,
-    the last round's sum over layers; None if no client sent a scope then or a layer's distance is not finite.
+    server evaluation (not the best one) and the mean of the last five, among which the model before training, round 0,
+    counts only if it is the sole one. rounds_to_target: the first evaluated round at or above the target, None if none
+    is. seconds, bytes_down, bytes_up: summed over all phases. scope_distance: nats, the last round's sum over layers;
+    None if no client sent a scope then or a layer's distance is not finite.
     """
 
     alpha: float
@@ -180,7 +181,7 @@ def summarize(
     if not accuracy:
         raise ValueError(f"{strategy_dir / 'metrics.jsonl'} has no server evaluation; evaluate at least the last round")
     rounds = max(event["round"] for event in events)
-    values = [accuracy[r] for r in sorted(accuracy)]
+    values = [accuracy[r] for r in sorted(accuracy) if r > 0] or [accuracy[0]]
     distance = math.fsum(scope_distances(events).get(rounds, {"": math.nan}).values())
     return Summary(
         alpha=alpha,

@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments import figures
@@ -32,26 +33,88 @@ def target_distance(events: Sequence[Event]) -> dict[int, float]:
     return {r: math.fsum(each) for r, each in distances.items() if each and None not in each}
 
 
-PANELS: dict[str, Read] = {
-    "cosine between updates": lambda events: train_metric(events, "update-cosine"),
-    "norm of an update": lambda events: train_metric(events, "update-norm"),
-    "barrier of the round (nats)": lambda events: train_metric(events, "round-barrier"),
-    "share of the improvement lost": lambda events: train_metric(events, "improvement-lost"),
-    "spread of μ": mean_spread,
-    "spread of σ": std_spread,
-    "distance to the target (nats)": target_distance,
-}
-"""Title → how to read it; see `strategies.measures` for the definitions. All are drawn with 0 in sight."""
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One measure by round; `name` is what a sentence calls it, `missing` why there may be nothing of it in a run."""
+
+    title: str
+    name: str
+    read: Read
+    meaning: str
+    missing: str
+
+
+COSINE = Panel(
+    "cosine between updates",
+    "cosine",
+    lambda events: train_metric(events, "update-cosine"),
+    "between the updates of two clients of a round, over all parameters that train, mean over all pairs; 1 if all go "
+    "the same way",
+    "in no measured round two clients moved the model",
+)
+NORM = Panel(
+    "norm of an update",
+    "norm",
+    lambda events: train_metric(events, "update-norm"),
+    "length of a client's update, over all parameters that train, mean over clients",
+    "no round was measured",
+)
+BARRIER = Panel(
+    "barrier of the round (nats)",
+    "barrier",
+    lambda events: train_metric(events, "round-barrier"),
+    "loss of the new global model less the mean loss of the clients' models that it was made of, on the samples that "
+    "the server holds; above 0 averaging destroys, below 0 the average is better than its parts",
+    'it takes samples that the server holds, and batch-norm = "aggregate"',
+)
+LOST = Panel(
+    "share of the improvement lost",
+    "share lost",
+    lambda events: train_metric(events, "improvement-lost"),
+    "the barrier as a part of what the clients gained; rounds in which that is a thousandth of the loss or less have "
+    "none",
+    "in no measured round the clients gained more than a thousandth of the loss on the server's samples",
+)
+MEAN_SPREAD = Panel(
+    "spread of μ",
+    "spread of μ",
+    mean_spread,
+    "standard deviation over clients of the mean of a layer's weights, mean over layers",
+    "no client sent a scope",
+)
+STD_SPREAD = Panel(
+    "spread of σ",
+    "spread of σ",
+    std_spread,
+    "standard deviation over clients of the width of a layer's weights, mean over layers",
+    MEAN_SPREAD.missing,
+)
+TARGET = Panel(
+    "distance to the target (nats)",
+    "distance to the target",
+    target_distance,
+    "Σₖ pₖ KL(client k ‖ target), summed over layers, where a target was sent",
+    "no target was sent, or a layer's distance to it is not defined",
+)
+MEASURED = (COSINE, NORM, BARRIER, LOST)  # every `measure-every` rounds; the others are of every round
+PANELS = (*MEASURED, MEAN_SPREAD, STD_SPREAD, TARGET)
+"""As they are drawn, with 0 in sight; see `strategies.measures` for the definitions."""
+
+Curves = dict[str, dict[str, list[figures.Series]]]  # title of the panel → strategy → a series each seed
+
+
+def read_curves(run: Run, alpha: float) -> Curves:
+    """What the run's events at this α have; panels of which they have nothing are left out."""
+    curves = {
+        panel.title: {name: [panel.read(r.events) for r in run.results(alpha, name)] for name in run.strategies}
+        for panel in PANELS
+    }
+    return {title: by for title, by in curves.items() if any(series for group in by.values() for series in group)}
 
 
 def averaging_figure(run: Run, alpha: float) -> str | None:
     """A panel for each measure that the run's events at this α have, a line a strategy; None if there is none."""
-    curves = {
-        title: {name: [read(result.events) for result in run.results(alpha, name)] for name in run.strategies}
-        for title, read in PANELS.items()
-    }
-    shown = {title: by for title, by in curves.items() if any(series for group in by.values() for series in group)}
-    if not shown:
+    if not (shown := read_curves(run, alpha)):
         return None
     with figures.style():
         figure, panels = _panels(len(shown))
@@ -64,6 +127,31 @@ def averaging_figure(run: Run, alpha: float) -> str | None:
             axes.set_xlabel("round")
         figures.legend(figure, lines, run)
         return figures.svg(figure)
+
+
+def shown_panels(run: Run) -> list[Panel]:
+    """Those that a figure of the run has, at any α."""
+    shown = {title for alpha in run.alphas for title in read_curves(run, alpha)}
+    return [panel for panel in PANELS if panel.title in shown]
+
+
+def missing_panels(run: Run) -> dict[str, list[str]]:
+    """Why a figure of the run lacks a panel → the names of these panels, with the split if another figure has them."""
+    shown = {alpha: titles for alpha in run.alphas if (titles := set(read_curves(run, alpha)))}
+    missing: dict[str, list[str]] = {}
+    for panel in PANELS:
+        without = [alpha for alpha, titles in shown.items() if panel.title not in titles]
+        everywhere = len(without) == len(shown)
+        for alpha in without[:1] if everywhere else without:
+            name = panel.name if everywhere else f"{panel.name} at {run.split(alpha)}"
+            missing.setdefault(_why_missing(panel, shown[alpha], run), []).append(name)
+    return missing
+
+
+def _why_missing(panel: Panel, shown: Collection[str], run: Run) -> str:
+    if panel in MEASURED and NORM.title not in shown:
+        return f"{NORM.missing}, as measure-every is {run.config.get('measure-every', 0)}"
+    return (BARRIER if panel is LOST and BARRIER.title not in shown else panel).missing
 
 
 def _show_zero(axes: "Axes") -> None:

@@ -24,6 +24,7 @@ from strategies.wrapper import Wrapper
 UPDATE_NORM, UPDATE_COSINE = "update-norm", "update-cosine"
 LAYER_UPDATE_NORMS, LAYER_UPDATE_COSINES = "layer-update-norms", "layer-update-cosines"
 ROUND_BARRIER, IMPROVEMENT_LOST = "round-barrier", "improvement-lost"
+MIN_GAIN = 1e-3  # of the old model's loss; of less no share is taken
 
 Vector = Sequence[NDArray[np.float64]]  # in pieces
 
@@ -40,7 +41,7 @@ class Measures(Wrapper):
     weights of the strategy's mean; left out without such samples.
     `improvement-lost`: the barrier as a share of what the clients gained, L(x) − Σ p_k L(y_k): 0 where the new model
     is as good as they are on average, 1 where all is lost, less than 0 where it is better; left out where they gained
-    nothing.
+    a thousandth of L(x) or less, since it would then be rounding or in the hundreds.
 
     The model stays as it is, to the bit. In these rounds all replies come to the server, which keeps three models in
     float64 besides; in the others nothing is done.
@@ -194,5 +195,5 @@ def _square(vector: Vector) -> float:
 def _averaging(before: float, clients: float, after: float) -> dict[str, float | list[float]]:
     """Barrier and share lost, from losses in nats: of the old model, the clients on average, the new model."""
     barrier, gain = after - clients, before - clients
-    lost = barrier / gain if gain > 0 else math.nan
+    lost = barrier / gain if gain > MIN_GAIN * before else math.nan
     return {ROUND_BARRIER: barrier, IMPROVEMENT_LOST: lost}

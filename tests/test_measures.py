@@ -114,9 +114,14 @@ def test_what_averaging_destroys_by_hand(before, clients, after, lost):
     assert _averaging(before, clients, after) == {"round-barrier": after - clients, "improvement-lost": lost}
 
 
-@pytest.mark.parametrize("clients", [1.0, 1.5, math.nan])
-def test_without_a_gain_no_share_of_it_is_lost(clients):
-    assert math.isnan(_averaging(1.0, clients, 0.5)["improvement-lost"])
+@pytest.mark.parametrize("clients", [2.0, 3.0, 2 - 1e-9, 1.9981, math.nan])
+def test_of_a_gain_of_a_thousandth_of_the_loss_or_less_no_share_is_lost(clients):
+    """It would be rounding, or hundreds."""
+    assert math.isnan(_averaging(2.0, clients, 0.5)["improvement-lost"])
+
+
+def test_a_gain_of_more_than_a_thousandth_of_the_loss_counts():
+    assert _averaging(2.0, 1.9979, 2.0)["improvement-lost"] == pytest.approx(1.0)
 
 
 class Linear(nn.Linear):
@@ -295,6 +300,17 @@ def test_there_is_no_barrier_of_models_whose_batch_norm_nobody_uses(policy, tmp_
     run(tiny(measure_every=1, model="federations:NormNet", strategies=("fedavg",), batch_norm=policy), tmp_path)
     for event in (each for each in lines(tmp_path / "fedavg" / "metrics.jsonl") if each["phase"] == "train"):
         assert event["metrics"].keys() & SCALARS == {"update-norm", "update-cosine"}
+
+
+def test_where_the_server_sees_no_update_nothing_is_lost(tmp_path):
+    """Equal models, whose mean loss differs from theirs by rounding."""
+    run(tiny(measure_every=1, strategies=("local-only",), rounds=3), tmp_path)
+    events = [each for each in lines(tmp_path / "local-only" / "metrics.jsonl") if each["phase"] == "train"]
+    assert len(events) == 3
+    for event in events:
+        assert event["metrics"].keys() & SCALARS == {"update-norm", "round-barrier"}
+        assert event["metrics"]["update-norm"] == 0.0
+        assert event["metrics"]["round-barrier"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_measured_round_of_a_run_by_hand(tmp_path):

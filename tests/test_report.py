@@ -1,6 +1,7 @@
 """The report holds what it should, stands alone, and is drawn the same twice; from run folders made up here."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def test_the_servers_samples_are_accounted_for(one: Path, tmp_path: Path) -> Non
     assert "plain FedAvg needs no such data" in with_np_merge
     assert "NP-Merge was therefore given labelled data that the others never saw." in with_np_merge
     without = given(page_of(fake_run(tmp_path / "run", strategies=("fedavg", "fedavg-wsa"), rounds=2)))
-    assert without.endswith("NP-Merge is not part of this run, so they were not used.")
+    assert without.endswith("NP-Merge is not part of this run, and no barrier was measured: nothing of ours used them.")
 
 
 def test_failures_are_listed(tmp_path: Path) -> None:
@@ -313,13 +314,30 @@ def test_accuracy_has_a_panel_an_alpha_and_names_the_target(sweep: Path) -> None
     assert texts.count("round") == 2
 
 
-def test_a_line_is_the_mean_over_the_rounds_that_all_seeds_have() -> None:
+def drawn_line(*seeds: figures.Series) -> tuple[list[list[float]], list[tuple[float, ...]]]:
+    """Points of the line, and the corners of each band, (left, bottom, right, top)."""
     axes = Figure().subplots()
     lines: dict[str, Any] = {}
-    figures.draw_seeds(axes, [{0: 0.0, 1: 10.0, 2: 20.0}, {0: 4.0, 1: 30.0}, {}], 1, "wsa", lines)
-    assert lines["wsa"].get_xydata().tolist() == [[0.0, 2.0], [1.0, 20.0]]
-    (band,) = axes.collections
-    assert band.get_paths()[0].get_extents().bounds == (0.0, 0.0, 1.0, 30.0)
+    figures.draw_seeds(axes, seeds, 1, "wsa", lines)
+    bands = [path.get_extents().extents for band in axes.collections for path in band.get_paths()]
+    return lines["wsa"].get_xydata().tolist(), [tuple(corners.tolist()) for corners in bands]
+
+
+def test_a_line_is_at_each_round_the_mean_over_the_seeds_that_have_a_value_there() -> None:
+    points, bands = drawn_line({0: 0.0, 1: 10.0, 4: 20.0}, {0: 4.0, 1: 30.0, 2: math.nan}, {}, {2: 7.0})
+    assert points == [[0.0, 2.0], [1.0, 20.0], [2.0, 7.0], [4.0, 20.0]]
+    assert bands == [(0.0, 0.0, 4.0, 30.0)]
+
+
+def test_a_line_has_a_gap_where_no_seed_has_a_finite_value() -> None:
+    points, bands = drawn_line({0: 0.0, 1: 1.0, 2: math.nan, 3: 3.0, 4: 5.0}, {0: 2.0, 2: math.inf, 3: 5.0})
+    assert np.array(points) == pytest.approx(np.array([[0, 1], [1, 1], [2, math.nan], [3, 4], [4, 5]]), nan_ok=True)
+    assert bands == [(0.0, 0.0, 1.0, 2.0), (3.0, 3.0, 4.0, 5.0)]
+
+
+def test_the_page_says_of_which_seeds_a_line_is_the_mean(one: Path, sweep: Path) -> None:
+    words = "at each round the mean over the seeds that have a value there"
+    assert [words in " ".join(drawn(folder).of("figcaption")) for folder in (one, sweep)] == [False, True]
 
 
 @pytest.mark.parametrize("num_layers", [3, 9])
@@ -327,6 +345,23 @@ def test_scope_names_every_layer_and_every_strategy(num_layers: int, tmp_path: P
     layers = tuple(f"block{i}.weight" for i in range(num_layers))
     texts = svg_texts(scope_figure(read_run(fake_run(tmp_path / "run", layers=layers, rounds=3))))
     assert {"scope distance (nats)", *layers, *STRATEGIES} <= set(texts)
+
+
+def test_a_map_of_many_layers_is_the_mean_over_the_seeds_that_have_a_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = tuple(f"w{i}" for i in range(7))
+    folder = fake_run(tmp_path / "run", seeds=(0, 1), strategies=("fedavg",), rounds=1)
+    for seed, first in enumerate([None, 3.0]):
+        event = {"round": 1, "phase": "train", "metrics": {}, "layers": layers}
+        event["scope_distance"] = [first, None, *(1.0 + 2 * seed for _ in layers[2:])]
+        (folder / f"alpha-0.1_seed-{seed}" / "fedavg" / "metrics.jsonl").write_text(json.dumps(event) + "\n")
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
+    scope_figure(read_run(folder))
+    (image,) = drawn[0].axes[0].images
+    cells = np.ma.filled(image.get_array(), math.nan)
+    assert cells.ravel().tolist() == pytest.approx([3.0, math.nan, *[2.0] * 5], nan_ok=True)
 
 
 def test_without_scopes_there_is_no_scope_figure(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_summary_worked_out_by_hand(tmp_path: Path) -> None:
         "strategy": "fedavg",
         "rounds": 2,
         "final_accuracy": 0.75,
-        "last5_accuracy": pytest.approx(0.45),
+        "last5_accuracy": 0.625,
         "rounds_to_target": None,
         "target_accuracy": 0.8,
         "seconds": 6.25,
@@ -136,6 +136,20 @@ def test_a_summary_worked_out_by_hand(tmp_path: Path) -> None:
 def test_last5_takes_the_last_five_evaluations_and_not_the_last_five_rounds(tmp_path: Path) -> None:
     every_third = [evaluation(3 * i, value) for i, value in enumerate([0.0, 1.0, 0.5, 0.5, 0.5, 0.5])]
     assert summed_up(tmp_path, every_third).last5_accuracy == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "mean"),
+    [
+        ({0: 0.1, 1: 0.5, 2: 0.7}, 0.6),
+        ({0: 0.1, 5: 0.5}, 0.5),
+        ({0: 0.1, 1: 0.2, 2: 0.2, 3: 0.2, 4: 0.2}, 0.2),
+        ({0: 0.1}, 0.1),  # there is nothing else
+    ],
+)
+def test_last5_leaves_out_the_model_before_training(accuracies: dict[int, float], mean: float, tmp_path: Path) -> None:
+    events = [evaluation(server_round, value) for server_round, value in accuracies.items()]
+    assert summed_up(tmp_path, events).last5_accuracy == pytest.approx(mean)
 
 
 @pytest.mark.parametrize(

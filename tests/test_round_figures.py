@@ -1,5 +1,6 @@
 """The figures of what averaging does: each measure that the events hold, and nothing where they hold none."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 from matplotlib.figure import Figure
 from test_report import STRATEGIES, fake_run, page_of, svg_texts
 
-from experiments import figures, round_figures
+from experiments import figures
 from experiments.results import layer_numbers, read_run, train_metric
-from experiments.round_figures import PANELS, averaging_figure, std_spread, target_distance
+from experiments.round_figures import NORM, PANELS, averaging_figure, std_spread, target_distance
 
 METRICS = {"update-cosine": 0.1, "update-norm": 2.0, "round-barrier": -0.5, "improvement-lost": -0.25}
 
@@ -26,9 +27,11 @@ def measured(folder: Path, every: int = 2, **changes: Any) -> Path:
                 event["scope_std_spread"] = [0.01 * event["round"], 0.0, 0.02]
                 event["scope_mean_spread"] = [0.001 * event["round"], 0.0, 0.002]
                 event["target_distance"] = [0.5, 0.25, 0.125 * event["round"]]
-                if event["round"] % every == 0:
+                if every and event["round"] % every == 0:
                     event["metrics"] |= METRICS
         path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    with (folder / "config.toml").open("a") as file:
+        file.write(f"measure-every = {every}\n")
     return folder
 
 
@@ -43,9 +46,9 @@ def lines_of(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[l
 
 def test_each_line_holds_the_numbers_of_the_events(tmp_path, monkeypatch):
     panels = lines_of(measured(tmp_path / "run"), monkeypatch)
-    assert list(panels) == list(PANELS)
-    for title, value in zip(PANELS, METRICS.values(), strict=False):
-        assert panels[title][: len(STRATEGIES)] == [[[r, value] for r in (2.0, 4.0, 6.0)]] * len(STRATEGIES)
+    assert list(panels) == [panel.title for panel in PANELS]
+    for panel, value in zip(PANELS, METRICS.values(), strict=False):
+        assert panels[panel.title][: len(STRATEGIES)] == [[[r, value] for r in (2.0, 4.0, 6.0)]] * len(STRATEGIES)
     mean_over_layers = [[r, pytest.approx((0.01 * r + 0.02) / 3)] for r in range(1, 7)]
     assert panels["spread of σ"] == [mean_over_layers] * len(STRATEGIES)
     tenth = [[r, pytest.approx((0.001 * r + 0.002) / 3)] for r in range(1, 7)]
@@ -90,16 +93,108 @@ def test_an_older_run_has_no_figure_and_a_report_all_the_same(tmp_path):
 
 
 def test_the_report_has_a_figure_for_every_alpha_and_says_what_it_shows(tmp_path):
-    folder = measured(tmp_path / "run", alphas=(0.1, 1.0), seeds=(0, 1))
-    with (folder / "config.toml").open("a") as file:
-        file.write("measure-every = 2\n")
-    page = page_of(folder)
+    page = page_of(measured(tmp_path / "run", alphas=(0.1, 1.0), seeds=(0, 1)))
     texts = page.of("text")
     assert {f"cosine between updates, α = {alpha}" for alpha in ("0.1", "1")} <= set(texts)
     said = " ".join(" ".join(text for _, text in page.texts).split())
     assert "All but spreads and distances are measured every 2 rounds." in said
     assert "NP-Merge has learnt on these samples" in said
     assert "Nothing of it was measured." not in said
+
+
+def without(run_dir: Path, *keys: str) -> Path:
+    """The run, whose events lack these numbers."""
+    for path in run_dir.rglob("*/metrics.jsonl"):
+        events = [json.loads(line) for line in path.read_text().splitlines()]
+        for event in events:
+            for key in keys:
+                event.pop(key, None)
+                event["metrics"].pop(key, None)
+        path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run_dir
+
+
+def note(run_dir: Path) -> tuple[set[str], str]:
+    """What is defined under the figures of averaging, and the line on what is not drawn."""
+    page = page_of(run_dir)
+    defined = {name for name in page.of("strong") if name.lower() in {panel.name for panel in PANELS}}
+    after = [text for (_, name), (_, text) in itertools.pairwise(page.texts) if name == "Not drawn"]
+    return defined, " ".join(" ".join(after).split())
+
+
+NAMES = {"Cosine", "Norm", "Barrier", "Share lost", "Spread of μ", "Spread of σ", "Distance to the target"}
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_of_a_run_that_has_everything_everything_is_defined(every, tmp_path):
+    folder = measured(tmp_path / "run", every=every)
+    assert note(folder) == (NAMES, "")
+    assert ("are measured every" in folder.joinpath("report.html").read_text()) == (every > 1)
+
+
+@pytest.mark.parametrize("every", [0, 99])
+def test_without_a_measured_round_only_what_scopes_say_is_defined(every, tmp_path):
+    folder = measured(tmp_path / "run", every=every)
+    why = f": cosine, norm, barrier, share lost (no round was measured, as measure-every is {every})."
+    assert note(folder) == ({"Spread of μ", "Spread of σ", "Distance to the target"}, why)
+    assert "are measured every" not in folder.joinpath("report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("keys", "gone", "why"),
+    [
+        (["improvement-lost"], {"Share lost"}, "share lost (in no measured round the clients gained more than"),
+        (
+            ["improvement-lost", "round-barrier"],
+            {"Share lost", "Barrier"},
+            "barrier, share lost (it takes samples that the server holds, and batch-norm",
+        ),
+        (["update-cosine"], {"Cosine"}, "cosine (in no measured round two clients moved the model)."),
+        (
+            ["update-cosine", "target_distance"],
+            {"Cosine", "Distance to the target"},
+            "cosine (in no measured round two clients moved the model); distance to the target (no target was sent, or",
+        ),
+        (
+            ["scope_mean_spread", "scope_std_spread"],
+            {"Spread of μ", "Spread of σ"},
+            "spread of μ, spread of σ (no client sent a scope).",
+        ),
+    ],
+    ids=["no share", "no barrier", "no cosine", "two reasons", "no scope"],
+)
+def test_what_is_not_drawn_is_not_defined_and_the_page_says_why(keys, gone, why, tmp_path):
+    defined, missing = note(without(measured(tmp_path / "run"), *keys))
+    assert defined == NAMES - gone
+    assert missing.startswith(f": {why}")
+    assert missing.endswith(").")
+
+
+def test_a_panel_that_one_alpha_lacks_is_defined_and_the_alpha_named(tmp_path):
+    folder = measured(tmp_path / "run", alphas=(0.1, 1.0), seeds=(0, 1))
+    for federation in folder.glob("alpha-0.1_*"):
+        without(federation, "improvement-lost")
+    defined, missing = note(folder)
+    assert defined == NAMES
+    assert missing.startswith(": share lost at α = 0.1 (in no measured round")
+
+
+@pytest.mark.parametrize("strategies", [("fedavg", "np-merge"), ("fedavg", "np-merge-wsa"), ("fedavg", "local-only")])
+@pytest.mark.parametrize("barrier", [True, False])
+def test_the_page_says_what_the_servers_samples_were_used_for(strategies, barrier, tmp_path):
+    folder = measured(tmp_path / "run", strategies=strategies, every=2 if barrier else 99)
+    page = page_of(folder)
+    said = " ".join(next(text for text in page.of("p") if "labelled samples" in text).split())
+    learnt = strategies[1] != "local-only"
+    assert ("was therefore given labelled data that the others never saw." in said) == learnt
+    assert ("100, to learn its merging coefficients" in page.of("td")) == learnt
+    for words, true in {
+        "The barrier above is a loss on them too, whatever the strategy; no model learns from it.": learnt and barrier,
+        "not part of this run: of ours only the barrier above used them, from which no": not learnt and barrier,
+        "not part of this run, and no barrier was measured: nothing of ours used them.": not learnt and not barrier,
+    }.items():
+        assert (words in said) == true, words
+    assert ("has learnt on these samples" in " ".join(page.of("p"))) == (learnt and barrier)
 
 
 def test_drawing_again_gives_the_same_bytes(tmp_path):
@@ -117,7 +212,7 @@ def test_what_is_read_from_events():
     assert train_metric(events, "update-norm") == {2: 5.0}
     assert std_spread(events) == {1: 2.0}
     assert layer_numbers(events, "layer_update_norms") == {2: {"a": pytest.approx(float("nan"), nan_ok=True)}}
-    assert round_figures.PANELS["norm of an update"](events) == {2: 5.0}
+    assert NORM.read(events) == {2: 5.0}
 
 
 def test_distance_to_the_target_is_read_whatever_is_aligned():
