@@ -198,6 +198,15 @@ def test_what_the_feeder_meets_is_raised_to_who_waits(elsewhere):
         federate(main, name, engine=Broken())
 
 
+def test_nobody_waits_for_a_feeder_that_has_ended():
+    turns = Turns(lambda: time.sleep(0.01), lambda: True, lambda: None)
+    turns.feed()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(turns.wait_for, lambda: False, None)
+        turns.close()
+        assert waiting.result(LIMIT) is None
+
+
 def test_one_at_a_time_and_the_feeder_gives_way_at_once():
     inside, woken, worked = [], threading.Event(), [0] * 5
 
