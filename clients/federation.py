@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +15,7 @@ import partitions
 from fedwsa import data
 from fedwsa.config import Config
 from fedwsa.data.shift import SHIFTS, FeatureShift
-from fedwsa.registry import lookup
+from fedwsa.registry import check_call, lookup, signature_of
 from fedwsa.seeding import generator
 from partitions import stored
 
@@ -91,6 +90,7 @@ def _shift(config: Config) -> FeatureShift | None:
     if not config.feature_shift:
         return None
     shift = lookup(SHIFTS, config.feature_shift, "feature shift")
+    check_call(shift, f"feature shift {config.feature_shift!r}", "(pixels, amount, rng)", None, 0.0, None)
     return FeatureShift(shift, config.shift_strength, config.num_clients, config.seed[0])
 
 
@@ -107,19 +107,33 @@ def _partition(config: Config, dataset: data.Dataset) -> tuple[Indices, list[Ind
     server, pool = data.server_split(labels, config.server_samples, generator(seed, "server-split"))
     partitioner: Callable[..., list[Indices]] = lookup(partitions.PARTITIONERS, config.partitioner, "partitioner")
     options = {"alpha": config.alpha[0], **{name: getattr(config, name) for name in OPTIONS}}
-    taken = inspect.signature(partitioner).parameters
+    who = f"partitioner {config.partitioner!r}"
+    way = f"(labels, num_clients, *, rng) and those that it names of {', '.join(options)} and groups"
+    taken = signature_of(partitioner, who, way).parameters
     chosen = {name: value for name, value in options.items() if name in taken}
     made_by = {"partitioner": config.partitioner, **chosen, "seed": seed}
     if "groups" in taken:
         groups = dataset.train_groups
         if groups is None:
             raise data.DataError(
-                f"partitioner {config.partitioner!r}: data set {dataset.name!r} has no train_groups; allowed is a "
-                "data set that says who made each sample, or another partitioner"
+                f"{who}: data set {dataset.name!r} has no train_groups; allowed is a data set that says who made each "
+                "sample, or another partitioner"
             )
         chosen["groups"] = groups[pool]
-    parts = partitioner(labels[pool], config.num_clients, **chosen, rng=generator(seed, "partition"))
+    arguments, keywords = (labels[pool], config.num_clients), {**chosen, "rng": generator(seed, "partition")}
+    check_call(partitioner, who, way, *arguments, **keywords)
+    try:
+        parts = stored.checked(partitioner(*arguments, **keywords), len(pool))
+    except ValueError as error:
+        raise ValueError(f"{who}: {_with_keys(str(error))}") from error
     return server, [pool[part] for part in parts], made_by
+
+
+def _with_keys(text: str) -> str:
+    """What a partitioner says of its parameters, said of the config's keys."""
+    for name in ("num_clients", *OPTIONS):
+        text = text.replace(name, name.replace("_", "-"))
+    return text
 
 
 def _validation_split(config: Config, client: int, part: Indices) -> tuple[Indices, Indices]:

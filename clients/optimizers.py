@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fedwsa.config import Config
-from fedwsa.registry import lookup
+from fedwsa.registry import check_call, lookup, signature_of
 
 Step = Callable[[], None]
 Build = Callable[..., torch.optim.Optimizer]
@@ -21,14 +21,17 @@ OPTIMIZERS: dict[str, Build] = {
     if inspect.isclass(getattr(torch.optim, name)) and name not in {"Optimizer", *OTHER_NEEDS}
 }
 
+WAY = "(parameters, lr=…), and momentum and weight_decay where it names them"  # how an optimiser is called
+
 
 def options_of(config: Config) -> tuple[Build, dict[str, Any]]:
     """What makes the optimiser of a config, and with which options besides the parameters.
 
-    Raises ValueError for an unknown optimiser, and for a momentum or weight decay that it does not have.
+    Raises ValueError for an unknown optimiser, what is no callable, and for a momentum or weight decay that it does not
+    have.
     """
     build = lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    taken = inspect.signature(build).parameters
+    taken = signature_of(build, f"optimizer {config.optimizer!r}", WAY).parameters
     options: dict[str, Any] = {"lr": config.learning_rate}
     for name, value in (("momentum", config.momentum), ("weight_decay", config.weight_decay)):
         if name in taken:
@@ -37,6 +40,26 @@ def options_of(config: Config) -> tuple[Build, dict[str, Any]]:
             key = name.replace("_", "-")
             raise ValueError(f'{key} = {value:g}: optimizer "{config.optimizer}" has none; allowed with it is 0')
     return build, options
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, in one line, as `options_of`, and where a user's own optimiser makes no step."""
+    build, options = options_of(config)
+    if config.optimizer in OPTIMIZERS:
+        return
+    check_call(build, f"optimizer {config.optimizer!r}", WAY, [], **options)
+    parameters = [torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]  # a layer's
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            build(parameters, **options).step()
+    except Exception as error:  # whatever it says to what it is not made for
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"optimizer {config.optimizer!r} makes no step: {reason}; allowed is one whose step() takes no arguments, "
+            "as in torch.optim"
+        ) from error
 
 
 def step_of(parameters: list[Tensor], config: Config) -> Step:

@@ -27,9 +27,9 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-ConfigFile = Annotated[
-    Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Values that differ from the defaults.")
-]
+# What arguments are is said in the commands' docstrings (Typer keeps the line breaks there): with Click ≥ 8.5, whose
+# constructor sets it back to None, the help of a typer.Argument is not shown.
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.toml]")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="key=value", help="Any key of the config, e.g. wsa.strength=5; may be repeated."),
@@ -64,7 +64,12 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with an interrupted run.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where a round's time went; trace.json.")] = False,
 ) -> None:
-    """Train one federation with each strategy, side by side; table, metrics, models and report in a run folder."""
+    """Train one federation with each strategy, side by side; table, metrics, models and report in a run folder.
+
+    CONFIG.toml: values that differ from the defaults. A run folder's config.toml
+    has every key; what each means, its range and its default are in
+    fedwsa/config.py and fedwsa/sections.py.
+    """
     options = {
         "data": data,
         "data-dir": data_dir,
@@ -107,7 +112,10 @@ def partition(
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("partition.svg"),
     json: Annotated[Path, typer.Option(help="The partition, for --partition.")] = Path("partition.json"),
 ) -> None:
-    """Show who holds which labels, and how unlike the clients are: tables, a picture, and a file to publish."""
+    """Show who holds which labels, and how unlike the clients are: tables, a picture, and a file to publish.
+
+    CONFIG.toml: values that differ from the defaults, as for run.
+    """
     options = {
         "data": data,
         "data-dir": data_dir,
@@ -120,7 +128,8 @@ def partition(
     settings = _config(config_file, set_, {**options, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
-    _picture_format(out)  # an error before the work
+    _picture_format(out)
+    _check_place("--json", json)
     from clients.federation import federation
     from experiments import partition_view as view
     from fedwsa import files
@@ -140,10 +149,15 @@ def partition(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    folder: Annotated[Path, typer.Argument()],
     picture: Annotated[Path | None, typer.Option(help="Also write accuracy by round to this .svg.")] = None,
 ) -> None:
-    """Write a run folder's report.html again, from its files."""
+    """Write a run folder's report.html again, from its files.
+
+    FOLDER: a run folder, finished or not.
+    """
+    if picture is not None:
+        _check_place("--picture", picture)
     from experiments.report import write_accuracy, write_report
 
     with _plainly(folder / "report.html"):
@@ -157,10 +171,13 @@ def report(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A model in a safetensors file, e.g. a run's final.safetensors.")],
+    checkpoint: Annotated[Path, typer.Argument()],
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("inspect.svg"),
 ) -> None:
-    """Show each layer's weight scope and how Gaussian it is: a table, and a picture of histograms."""
+    """Show each layer's weight scope and how Gaussian it is: a table, and a picture of histograms.
+
+    CHECKPOINT: a model in a safetensors file, e.g. a run's final.safetensors.
+    """
     form = _picture_format(out)
     from experiments.inspection import draw_layers, layer_cells, layers_of
     from experiments.table import rich_table
@@ -175,8 +192,8 @@ def inspect(
 
 @app.command()
 def barrier(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A model in a safetensors file, e.g. a run's.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same kind.")],
+    a: Annotated[Path, typer.Argument(metavar="A")],
+    b: Annotated[Path, typer.Argument(metavar="B")],
     config_file: ConfigFile = None,
     set_: Set = None,
     model: Annotated[str | None, typer.Option(help="mlp, cnn, vgg8, … or package.module:factory.")] = None,
@@ -189,8 +206,14 @@ def barrier(
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("barrier.svg"),
     json: Annotated[Path | None, typer.Option(help="Also write the curves to this file.")] = None,
 ) -> None:
-    """Show loss and accuracy on the straight line between two models, and their barriers: a table and a picture."""
+    """Show loss and accuracy on the straight line between two models, and their barriers: a table and a picture.
+
+    A, B: models of one kind in safetensors files, e.g. final.safetensors of runs.
+    CONFIG.toml: their model and data, e.g. the config.toml of a run's folder.
+    """
     form = _picture_format(out)
+    if json is not None:
+        _check_place("--json", json)
     for option, value, least in (("--points", points, 3), ("--train-samples", train_samples, 1)):
         if value < least:
             raise UsageError(f"{option} {value}: allowed is a whole number ≥ {least}")
@@ -246,11 +269,20 @@ def _value(text: str) -> Any:
 
 
 def _picture_format(out: Path) -> str:
-    """ "svg" or "png", as the name says."""
+    """ "svg" or "png", as the name says; where it cannot be written, that is said before the work."""
     form = out.suffix.lower().removeprefix(".")
     if form not in ("svg", "png"):
         raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
+    _check_place("--out", out)
     return form
+
+
+def _check_place(option: str, path: Path) -> None:
+    """UsageError unless a file can be there, so that it comes before the work."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.parent}; allowed is a file in one that there is")
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: is a folder; allowed is a file")
 
 
 @contextmanager

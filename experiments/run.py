@@ -9,6 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -28,7 +29,7 @@ from fedwsa.config import Config, ConfigError
 from fedwsa.data.augmentation import AUGMENTATIONS
 from fedwsa.errors import RunError, UsageError
 from fedwsa.merging import chain_permutations
-from fedwsa.registry import lookup
+from fedwsa.registry import check_call, lookup
 from fedwsa.run_folder import (
     CONFIG,
     FINAL,
@@ -89,35 +90,19 @@ def resume(folder: Path, console: Console, *, profile: bool = False) -> Path:
 
 
 def check(config: Config) -> None:
-    """What the config names exists and its split is possible; else ConfigError, a line a problem, before any work."""
+    """What the config names exists and fits, and its split is possible; else ConfigError, a line a problem.
 
-    def build_model() -> None:
-        dataset = data.of_config(config)
-        model = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
-        weights.begin(model, config)
-        if any(name.endswith(configuration.ALIGNED) for name in config.strategies):
-            aligned_with(model, config)
-        if config.uses("np-merge") and config.np_merge.align:
-            try:
-                chain_permutations(model.state_dict())
-            except ValueError as error:
-                raise ValueError(f"np-merge.align = true: {error}; allowed with this model is false") from error
-
-    def find_device() -> None:
-        if config.gpus_per_client and not config.ray_address and not torch.cuda.is_available():
-            raise ValueError(
-                f"gpus-per-client = {config.gpus_per_client:g}: there is no CUDA device here; allowed is 0, or a "
-                "ray-address of machines that have one"
-            )
-
+    Before any work: nothing is written, and no random state is touched.
+    """
     needed: list[Callable[[], object]] = [
         *(partial(strategies.find, name) for name in config.strategies),
-        partial(optimizers.options_of, config),
+        partial(optimizers.check, config),
         partial(lookup, models.MODELS, config.model, "model"),
-        *([partial(lookup, AUGMENTATIONS, config.augmentation, "augmentation")] if config.augmentation else []),
-        build_model,
-        find_device,
+        partial(_check_augmentation, config.augmentation),
+        partial(_check_model, config),
+        partial(_check_device, config),
         *(partial(federation, one) for one in config.federations()),
+        *(partial(_check_strategy, config, name) for name in config.strategies if ":" in name),
     ]
     problems = []
     for need in needed:
@@ -127,6 +112,44 @@ def check(config: Config) -> None:
             problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _check_augmentation(name: str) -> None:
+    if name:
+        found = lookup(AUGMENTATIONS, name, "augmentation")
+        check_call(found, f"augmentation {name!r}", "(images, generator)", None, None)
+
+
+def _check_model(config: Config) -> None:
+    dataset = data.of_config(config)
+    model = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
+    image, _ = dataset.train_tensors(np.zeros(1, np.int64))
+    models.check_takes(model, config.model, image, dataset.num_classes)
+    weights.begin(model, config)
+    if any(name.endswith(configuration.ALIGNED) for name in config.strategies):
+        aligned_with(model, config)
+    if config.uses("np-merge") and config.np_merge.align:
+        try:
+            chain_permutations(model.state_dict())
+        except ValueError as error:
+            raise ValueError(f"np-merge.align = true: {error}; allowed with this model is false") from error
+
+
+def _check_device(config: Config) -> None:
+    if config.gpus_per_client and not config.ray_address and not torch.cuda.is_available():
+        raise ValueError(
+            f"gpus-per-client = {config.gpus_per_client:g}: there is no CUDA device here; allowed is 0, or a "
+            "ray-address of machines that have one"
+        )
+
+
+def _check_strategy(config: Config, name: str) -> None:
+    """One of the user's own is built once, on what the server of the first federation holds."""
+    one = config.federations()[0]
+    holdings = federation(one)
+    dataset = holdings.dataset
+    model = models.of_config(one, dataset.input_shape, dataset.num_classes, seed=0)
+    strategies.build(name, one, strategies.Holdout(model, *dataset.train_tensors(holdings.server)))
 
 
 def _check_new(folder: Path) -> None:

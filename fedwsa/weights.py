@@ -37,7 +37,7 @@ def read(path: Path, sha256: str = "") -> dict[str, Tensor]:
 def begin(model: nn.Module, config: Config) -> None:
     """Give a model the numbers of the config's `initial-model`, in the model's own types; without one, nothing.
 
-    Raises ValueError as `read` does, and where names or shapes differ.
+    Raises ValueError as `read` and `fill` do.
     """
     if config.initial_model:
         tensors = read(Path(config.initial_model), config.initial_model_sha256)
@@ -48,7 +48,7 @@ def begin(model: nn.Module, config: Config) -> None:
 def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
     """Give a model, called `name`, the numbers of `tensors`, in the model's own types.
 
-    Raises ValueError, one line that begins with `where`, where names or shapes differ.
+    Raises ValueError, one line that begins with `where`, where names or shapes differ, or a number is not finite.
     """
     state = model.state_dict()
     if unlike := state.keys() ^ tensors.keys():
@@ -58,6 +58,8 @@ def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str)
         raise ValueError(f"{where}: shapes differ from those of model {name!r}: {_some(shapes)}")
     for key, tensor in state.items():
         tensor.copy_(tensors[key])
+    if odd := {key for key, tensor in state.items() if not tensor.isfinite().all()}:
+        raise ValueError(f"{where}: NaN or infinite in {_some(odd)}; allowed are finite numbers")
 
 
 def pinned(config: Config) -> Config:

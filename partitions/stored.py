@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -83,7 +83,10 @@ def read(path: Path, labels: ArrayLike, *, num_clients: int, server_samples: int
     ):
         if found != needed:
             raise ValueError(f"{path}: {difference}")
-    held = _indices(path, [content["server"], *content["clients"]], samples)
+    try:
+        held = checked([content["server"], *content["clients"]], samples)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return StoredPartition(held[1:], held[0], content["made_by"])
 
 
@@ -106,16 +109,29 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _indices(path: Path, lists: list[list[Any]], num_samples: int) -> list[IndexArray]:
-    """Each list as an array; all together they hold every index 0 … num_samples − 1 once at most."""
+def checked(parts: object, num_samples: int) -> list[IndexArray]:
+    """Who holds what, in the order in which it is given: an int64 array for each part.
+
+    parts: what a file or a partitioner gives: lists or arrays of indices.
+    Raises ValueError, in one line, unless it is that, with integers 0 … num_samples − 1, each once at most in all.
+    """
+    if not isinstance(parts, Iterable):
+        raise ValueError(f"must be a list of index arrays, one a client, got {type(parts).__name__}")
+    lists = [_listed(part) for part in parts]
     values = list(chain.from_iterable(lists))
     for value in values:
-        if type(value) is not int or not 0 <= value < num_samples:
-            raise ValueError(f"{path}: {value!r} is no training sample; allowed are 0 to {num_samples - 1}")
+        if (type(value) is not int and not isinstance(value, np.integer)) or not 0 <= value < num_samples:
+            raise ValueError(f"{value!r} is no training sample; allowed are integers, 0 to {num_samples - 1}")
     flat = np.array(values, np.int64)
     times = np.bincount(flat, minlength=num_samples)
     if times.max() > 1:
-        raise ValueError(
-            f"{path}: sample {times.argmax()} is held {times.max()} times; allowed is once, server included"
-        )
-    return np.split(flat, np.cumsum([len(part) for part in lists])[:-1])
+        raise ValueError(f"sample {times.argmax()} is held {times.max()} times; allowed is once")
+    return np.split(flat, np.cumsum([len(part) for part in lists])[:-1])[: len(lists)]
+
+
+def _listed(part: Any) -> list[Any]:
+    """An array's numbers as Python's own, which are quicker to look at."""
+    listed = part.tolist() if hasattr(part, "tolist") else list(part) if isinstance(part, Iterable) else part
+    if not isinstance(listed, list):
+        raise ValueError(f"a client's part must be a list or an array of indices, got {type(part).__name__}")
+    return listed

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from flwr.serverapp.strategy import Strategy
 
 from fedwsa.config import ALIGNED, Config
-from fedwsa.registry import lookup
+from fedwsa.registry import check_call, lookup
 from strategies import flowers
 from strategies.central import Central
 from strategies.fedavg import FedAvg
@@ -66,16 +66,26 @@ STRATEGIES: dict[str, Build] = {
 
 
 def find(name: str) -> tuple[Build, bool]:
-    """A strategy by its registered name or the import path of a function of (Config, Holdout), and whether aligned.
+    """A strategy by its name or import path, and whether aligned.
 
-    Raises ValueError for a name that is neither.
+    An import path is that of a function of (Config, Holdout), or of a class with such a `from_config`.
+    Raises ValueError, in one line, for a name that is neither.
     """
-    plain = name.removesuffix(ALIGNED)
-    return lookup(STRATEGIES, plain, "strategy"), plain != name
+    found = lookup(STRATEGIES, name, "strategy", ALIGNED)
+    make = getattr(found, "from_config", found)
+    check_call(make, f"strategy {name!r}", "(config, holdout), by from_config if it is a class", None, None)
+    return make, name.endswith(ALIGNED)
 
 
 def build(name: str, config: Config, holdout: Holdout) -> Strategy:
-    """The strategy of a name, see `find`, as a run's config says."""
+    """The strategy of a name, see `find`, as a run's config says.
+
+    Raises ValueError, in one line, also where that is no Flower strategy, or one without `state` and `load_state`.
+    """
     make, aligned = find(name)
-    strategy = make(config, holdout)
+    strategy: object = make(config, holdout)
+    if not isinstance(strategy, Strategy):
+        raise ValueError(f"strategy {name!r} must be a flwr.serverapp.strategy.Strategy, got {type(strategy).__name__}")
+    if missing := [part for part in ("state", "load_state") if not hasattr(strategy, part)]:
+        raise ValueError(f"strategy {name!r} has no {' and no '.join(missing)}; checkpoints need both")
     return WeightScopeAlignment.around(strategy, config, holdout.model) if aligned else strategy

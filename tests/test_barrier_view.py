@@ -140,7 +140,11 @@ def test_what_is_no_chain_is_not_aligned(tmp_path, name, message):
     [
         ({"layers.0.bias": torch.ones(3)}, r"/b: shapes differ from those of model 'mlp': layers\.0\.bias \(3,\)"),
         ({"more": torch.ones(3)}, "/b: tensor names differ from those of model 'mlp': more"),
-        ({"layers.2.bias": torch.full((10,), torch.nan)}, "the train loss is not finite at t = 0.25; 0 is A, 1 is B"),
+        (
+            {"layers.2.bias": torch.full((10,), torch.nan)},
+            r"/b: NaN or infinite in layers\.2\.bias; allowed are finite",
+        ),
+        ({"layers.2.weight": torch.full((10, 200), 3e38)}, "the train loss is not finite at t = 0.25; 0 is A, 1 is B"),
     ],
 )
 def test_a_file_that_does_not_fit_is_said_in_a_line(tmp_path, change, message):

@@ -103,6 +103,22 @@ def test_help_names_the_commands(fedwsa: Command) -> None:
     assert all(f" {name} " in outcome.out for name in ("run", "partition", "report", "inspect", "barrier", "version"))
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run", "CONFIG.toml: values that differ from the defaults. .* fedwsa/config.py"),
+        ("partition", "CONFIG.toml: values that differ from the defaults"),
+        ("report", "FOLDER: a run folder, finished or not"),
+        ("inspect", "CHECKPOINT: a model in a safetensors file"),
+        ("barrier", "A, B: models of one kind in safetensors files.* CONFIG.toml: their model and data"),
+    ],
+)
+def test_help_says_what_the_arguments_are(fedwsa: Command, command: str, words: str) -> None:
+    outcome = fedwsa(command, "--help")
+    assert outcome.status == 0
+    assert re.search(words, " ".join(outcome.out.split()))
+
+
 @pytest.mark.usefixtures("with_report")
 def test_run(fedwsa: Command, tmp_path: Path) -> None:
     outcome = fedwsa("run", *SMALL, "--out=first")
@@ -221,8 +237,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "too few clients": (("run", "--num-clients=3", "--set=evaluation-cohort=0"), r"cohort = 10: allowed is at most .*"),
     "missing file": (("run", "none.toml"), r"none.toml: no such config file"),
     "folder as file": (("run", "."), r"\.: cannot be read: Is a directory"),
-    "unknown data": (("run", "--data=mnits"), r"unknown data set 'mnits': registered are cifar10, cifar100, .*"),
-    "unknown model": (("run", "--set=model=vgg"), r"unknown model 'vgg': registered are cnn, mlp, resnet20, .*"),
+    "unknown data": (
+        ("run", "--data=mnits"),
+        r"unknown data set 'mnits': did you mean mnist\? registered are cifar10, .*",
+    ),
+    "unknown model": (
+        ("run", "--set=model=vgg"),
+        r"unknown model 'vgg': did you mean vgg8\? registered are cnn, mlp, .*",
+    ),
     "option of another model": (
         ("run", "--set=width=2"),
         r"width = 2.0: model 'mlp' has no such option; allowed is 1.0",
@@ -252,12 +274,38 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown shift": (("run", "--set=feature-shift=x"), r"unknown feature shift 'x': registered are contrast, .*"),
     "unknown augmentation": (("run", "--set=augmentation=x"), r"unknown augmentation 'x': registered are crop-.*"),
     "size of digits": (("run", "--set=image-size=9"), r"image-size = 9: the images of digits have one size; .*"),
-    "unknown strategy": (("run", "--strategies=fedavgg"), r"unknown strategy 'fedavgg': registered are central, .*"),
+    "unknown strategy": (("run", "--strategies=fedavgg"), r"unknown strategy 'fedavgg': did you mean fedavg\? .*"),
+    "aligned twice": (("run", "--strategies=fedavg-wsa-wsa"), r"unknown strategy 'fedavg-wsa-wsa': did you mean .*"),
+    "strategy that is none": (("run", "--strategies=os:path"), r"strategy 'os:path' does not take \(config, .*"),
+    "optimizer that is none": (("run", "--set=optimizer=os:path"), r"optimizer 'os:path' does not take \(param.*"),
+    "partitioner that is none": (("run", "--partitioner=os:path"), r"partitioner 'os:path' does not take \(labels.*"),
+    "partition by none": (("partition", "--partitioner=os:path"), r"partitioner 'os:path' does not take \(labels.*"),
+    "samples held twice": (
+        ("run", "--partitioner=test_users_own:twice"),
+        r"partitioner 'test_users_own:twice': sample 0 is held 20 times; allowed is once",
+    ),
+    "model of other classes": (
+        ("run", "--set=model=test_users_own:of_seven", "--strategies=fedavg"),
+        r"model 'test_users_own:of_seven' makes \(1, 7\) of 1 images; allowed is .*",
+    ),
+    "partition's picture nowhere": (
+        ("partition", "--out=none/a.svg"),
+        r"--out none/a\.svg: there is no folder none; allowed is a file in one that there is",
+    ),
+    "partition nowhere": (("partition", "--json=none/a.json"), r"--json none/a\.json: there is no folder none; .*"),
+    "partition as a folder": (("partition", "--json=."), r"--json \.: is a folder; allowed is a file"),
+    "inspect nowhere": (("inspect", "a", "--out=none/a.svg"), r"--out none/a\.svg: there is no folder none; .*"),
+    "barrier nowhere": (("barrier", "a", "b", "--out=none/a.svg"), r"--out none/a\.svg: there is no folder none; .*"),
+    "curves nowhere": (("barrier", "a", "b", "--json=none/a"), r"--json none/a: there is no folder none; .*"),
+    "accuracy nowhere": (
+        ("report", "a", "--picture=none/a.svg"),
+        r"--picture none/a\.svg: there is no folder .*",
+    ),
     "unknown partitioner": (("run", "--set=partitioner=x"), r"unknown partitioner 'x': registered are dirichlet, .*"),
     "path to nowhere": (("run", "--set=model=torch:nothing"), r"unknown model 'torch:nothing' \(.*\): registered .*"),
     "no such split": (
         ("run", "--set=num-clients=900"),
-        r"900 clients with min_size=2 need 1800 samples, got 1338; use a smaller min_size or fewer clients",
+        r"partitioner 'dirichlet': 900 clients with min-size=2 need 1800 samples, got 1338; use a smaller min-size .*",
     ),
     "server's split": (("run", "--set=server-samples=2000"), r".* got 2000"),
     "no run to resume": (("run", "--resume=."), r"\.: no run to resume, config.toml is missing"),
@@ -273,9 +321,9 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "no groups": (("run", "--partitioner=natural"), r"partitioner 'natural': data set 'digits' has no train_.*"),
     "shards of nothing": (
         ("partition", "--partitioner=shards", "--set=shards-per-client=90"),
-        r"20 clients with shards_per_client=90 need 1800 samples, got 1338; use fewer shards or fewer clients",
+        r"partitioner 'shards': 20 clients with shards-per-client=90 need 1800 samples, got 1338; use fewer shards .*",
     ),
-    "partition impossible": (("partition", "--num-clients=900"), r"900 clients with min_size=2 need 1800 samples, .*"),
+    "partition impossible": (("partition", "--num-clients=900"), r".* 900 clients with min-size=2 need 1800 .*"),
     "report of no run": (("report", "."), r"\. is not a run folder: it has no config.toml; .*"),
     "report of nothing": (("report", "none"), r"none is not a run folder: .*"),
 }
@@ -755,23 +803,11 @@ def test_a_run_with_a_partitioner_that_knows_no_alpha(fedwsa: Command, tmp_path:
     assert [sum(count > 0 for count in row) for row in stored["label_counts"]] == [2] * 6
 
 
-def test_partition_into_a_folder_that_is_none(fedwsa: Command) -> None:
-    outcome = fedwsa("partition", "--json=none/mine.json")
-    assert outcome.status == 1
-    assert said(outcome) == ["none/mine.json: cannot be written: No such file or directory"]
-
-
 def test_partition_of_a_hundred_clients(fedwsa: Command) -> None:
     require_fashion_mnist()
     outcome = fedwsa("partition", "--num-clients=100", "--data=fashion-mnist", "--alpha=0.1")
     assert outcome.status == 0
     assert "the first 40 are shown, 60 are left out" in " ".join(outcome.out.split())
-
-
-def test_partition_into_no_folder(fedwsa: Command) -> None:
-    outcome = fedwsa("partition", "--out=none/mine.svg")
-    assert outcome.status == 1
-    assert said(outcome) == ["none/mine.svg: cannot be written: No such file or directory"]
 
 
 @pytest.mark.usefixtures("with_report")

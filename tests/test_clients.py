@@ -392,7 +392,7 @@ def test_too_small_a_client_is_refused():
 
 
 def test_impossible_dirichlet_split_is_refused():
-    with pytest.raises(ValueError, match="min_size=30"):
+    with pytest.raises(ValueError, match="min-size=30"):
         federation(tiny(alpha=0.01, num_clients=40, min_size=30))
 
 

@@ -72,13 +72,13 @@ def test_the_hash_is_of_little_endian_int64():
         (content(clients=3), "server must be a list of indices, clients a list of such"),
         (content(server=3), "server must be a list of indices"),
         (content(made_by="x"), "made_by an object"),
-        (content(clients=[[8], [], []]), "8 is no training sample; allowed are 0 to 7"),
+        (content(clients=[[8], [], []]), "8 is no training sample; allowed are integers, 0 to 7"),
         (content(clients=[[-1], [], []]), "-1 is no training sample"),
         (content(clients=[[1.0], [], []]), "1.0 is no training sample"),
         (content(clients=[[False], [], []]), "False is no training sample"),
         (content(clients=[[None], [], []]), "None is no training sample"),
         (content(clients=[[10**30], [], []]), f"{10**30} is no training sample"),
-        (content(clients=[[1], [1], []]), "sample 1 is held 2 times; allowed is once, server included"),
+        (content(clients=[[1], [1], []]), "sample 1 is held 2 times; allowed is once"),
         (content(clients=[[1, 1], [], []]), "sample 1 is held 2 times"),
         (content(clients=[[1], [2], []]), "sample 2 is held 2 times"),
     ],
@@ -143,7 +143,9 @@ def test_a_natural_partition_is_by_the_data_sets_groups():
     groups = [set(made.dataset.train_groups[part]) for part in made.parts]
     assert groups == [{group} for group in range(100, 112)]
     assert made.made_by == {"partitioner": "natural", "seed": 0}
-    with pytest.raises(ValueError, match="num_clients must be <= the number of groups, 12, got 13"):
+    with pytest.raises(
+        ValueError, match="partitioner 'natural': num-clients must be <= the number of groups, 12, got 13"
+    ):
         federation(config.model_copy(update={"num_clients": 13}))
 
 

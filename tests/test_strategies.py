@@ -505,8 +505,28 @@ def two_clients(config, holdout):
 
 
 def test_unknown_strategy_names_the_known_ones():
-    with pytest.raises(ValueError, match="unknown strategy 'fedsgd': registered are central, fedadagrad, "):
-        build("fedsgd", tiny(), holdout())
+    with pytest.raises(ValueError, match="unknown strategy 'sgd': registered are central, fedadagrad, "):
+        build("sgd", tiny(), holdout())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("fedavgg", "fedavg"),
+        ("FedAvg", "fedavg"),
+        ("np_merge", "np-merge"),
+        ("np_merge-wsa", "np-merge-wsa"),
+        ("fedavg-wsa-wsa", "fedavg-wsa"),
+        ("fedavg-was", "fedavg-wsa"),
+    ],
+)
+def test_unknown_strategy_is_named_as_typed_with_the_nearest_known(name, meant):
+    with pytest.raises(
+        ValueError, match=f"^unknown strategy '{name}': did you mean {meant}\\? registered are "
+    ) as error:
+        build(name, tiny(), holdout())
+    assert ", scaffold, each also with -wsa behind it; or give an import path" in str(error.value)
+    assert build(meant, tiny(), holdout(10))
 
 
 def test_config_reaches_the_strategies():

@@ -127,6 +127,11 @@ def broken(path: Path, how: str) -> None:
         state = {f"m.{name}": tensor for name, tensor in state.items()}
     elif how == "shapes":
         state["layers.0.weight"] = torch.ones(200, 784)
+    elif how == "not finite":
+        state["layers.0.weight"][3, 5] = torch.nan
+        state["layers.2.bias"][1] = -torch.inf
+    elif how == "too large":
+        state["layers.2.bias"] = state["layers.2.bias"].double() + 1e300
     elif how == "no safetensors":
         path.write_bytes(b"PK\x03\x04")
         return
@@ -144,6 +149,8 @@ def broken(path: Path, how: str) -> None:
         ("names", "initial-model .*mine: tensor names differ from those of model 'mlp': head.weight, layers.2.weight$"),
         ("many names", "differ from those of model 'mlp': layers.0.bias, .*, layers.2.weight and 6 more$"),
         ("shapes", r"shapes differ from .* 'mlp': layers.0.weight \(200, 784\) instead of \(200, 64\)$"),
+        ("not finite", "initial-model .*mine: NaN or infinite in layers.0.weight, layers.2.bias; allowed are finite "),
+        ("too large", "initial-model .*mine: NaN or infinite in layers.2.bias; "),
         ("no safetensors", "mine: not a safetensors file: "),
         ("nothing", "mine: cannot be read: No such file or directory$"),
         ("folder", "mine: cannot be read: Is a directory$"),

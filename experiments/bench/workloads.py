@@ -56,7 +56,7 @@ class Workload:
         return models.build(self.model, (1, 28, 28), 10, seed=0)
 
     def shard(self, client: int) -> slice:
-        """A client's samples where the shards are equal; they are used again where there are more clients."""
+        """A client's samples where the shards are equal; beyond the last they begin again, for a loop that counts on."""
         start = client % (60_000 // self.samples) * self.samples
         return slice(start, start + self.samples)
 
@@ -66,14 +66,14 @@ WORKLOADS = {
     "mlp": Workload("mlp", 100, 10, 600),
     "cnn": Workload(CNN, 100, 10, 600),
     "tiny": Workload("mlp", 1000, 100, 60),
-    "many": Workload("mlp", 10_000, 100, 60),
-    "few": Workload("mlp", 100, 100, 60),  # what `many` is compared with
+    "many": Workload("mlp", 10_000, 100, 6),
+    "few": Workload("mlp", 100, 100, 6),  # what `many` is compared with
     "unequal": Workload(CNN, 20, 20, 600, "unequal"),
 }
 
 
 def equal(labels: Indices, num_clients: int, min_size: int, *, rng: np.random.Generator) -> list[Indices]:
-    """`Workload.shard` as a partitioner; `many` clients share samples, which a real partition never does."""
+    """`Workload.shard` as a partitioner."""
     workload = Workload("", num_clients, num_clients, min_size)
     shards = [workload.shard(client) for client in range(num_clients)]
     return [np.arange(shard.start, shard.stop) for shard in shards]

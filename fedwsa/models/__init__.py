@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedwsa.config import Config
 from fedwsa.models.cnn import CNN
@@ -19,9 +19,9 @@ from fedwsa.models.linear import hasten
 from fedwsa.models.mlp import MLP
 from fedwsa.models.resnet import resnet8, resnet20
 from fedwsa.models.vgg import VGG8
-from fedwsa.registry import lookup
+from fedwsa.registry import check_call, lookup, signature_of
 
-__all__ = ["CNN", "MLP", "MODELS", "VGG8", "build", "of_config", "placed", "resnet8", "resnet20"]
+__all__ = ["CNN", "MLP", "MODELS", "VGG8", "build", "check_takes", "of_config", "placed", "resnet8", "resnet20"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
@@ -33,6 +33,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 OPTIONS = ("width", "norm")  # keys of the config that reach a factory with a parameter of that name
 
+WAY = "(input_shape, num_classes, **options)"  # how a factory is called
+
 Shape = tuple[int, int, int]
 
 
@@ -41,7 +43,7 @@ def of_config(config: Config, input_shape: Shape, num_classes: int, seed: int) -
 
     Otherwise as `build`; also raises ValueError where such a key is set and the factory does not take it.
     """
-    taken = inspect.signature(_factory(config.model)).parameters
+    taken = _factory(config.model)[1].parameters
     options = {}
     for key in OPTIONS:
         value, default = getattr(config, key), Config.model_fields[key].default
@@ -63,33 +65,27 @@ def build(
     init: a scheme of `initialisation.SCHEMES`, or "default" for the numbers that the model itself begins with.
     Raises ValueError for an unknown name or scheme, options that the model does not take, or images that it does not.
     """
-    factory = _factory(name)
-    signature = inspect.signature(factory)
+    factory, signature = _factory(name)
     shapeless = _is_shapeless(signature)
     arguments = () if shapeless else (input_shape, num_classes)
     keywords = {"num_classes": num_classes, **options} if shapeless else options
-    try:
-        signature.bind(*arguments, **keywords)
-    except TypeError as error:
-        way = "(num_classes=…, **options)" if shapeless else "(input_shape, num_classes, **options)"
-        raise ValueError(f"model {name!r} does not take {way}: {error}") from error
+    check_call(factory, f"model {name!r}", "(num_classes=…, **options)" if shapeless else WAY, *arguments, **keywords)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU's generator too
         model = factory(*arguments, **keywords)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {name!r} must be a torch.nn.Module, got {type(model).__name__}")
     if shapeless:
-        _check_takes(model, name, input_shape)
+        _check_channels(model, name, input_shape[0])
+        check_takes(model, name, torch.zeros(1, *input_shape), num_classes)
     if init != "default":
         initialise(model, init, seed)
     return model
 
 
-def _factory(name: str) -> Callable[..., nn.Module]:
+def _factory(name: str) -> tuple[Callable[..., nn.Module], inspect.Signature]:
     factory = lookup(MODELS, name, "model")
-    if not callable(factory):
-        raise ValueError(f"model {name!r} does not take (input_shape, num_classes, **options): it is not a callable")
-    return factory
+    return factory, signature_of(factory, f"model {name!r}", WAY)
 
 
 def _is_shapeless(signature: inspect.Signature) -> bool:
@@ -101,23 +97,37 @@ def _is_shapeless(signature: inspect.Signature) -> bool:
     return all(parameter.kind in by_keyword for parameter in parameters.values())
 
 
-def _check_takes(model: nn.Module, name: str, input_shape: Shape) -> None:
+def _check_channels(model: nn.Module, name: str, channels: int) -> None:
     """A factory that is told no shape may have made a model for others."""
-    channels = input_shape[0]
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
         raise ValueError(
             f"model {name!r} takes images of {first.in_channels} channels, these have {channels}; "
             "allowed are other data, or a factory (input_shape, num_classes) of your own around it"
         )
+
+
+@torch.no_grad()
+def check_takes(model: nn.Module, name: str, images: Tensor, num_classes: int) -> None:
+    """Raise ValueError, in one line, unless the model, called `name`, makes logits [n, num_classes] of the images.
+
+    images: float32 [n, C, H, W]. One forward pass in eval mode; the global generator is left as it was.
+    """
     training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *input_shape))
+        with torch.random.fork_rng(devices=[]):
+            logits: object = model.eval()(images)
     except Exception as error:  # whatever a module says to images that it is not made for
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model {name!r} does not take images {input_shape}: {reason}") from error
-    model.train(training)
+        raise ValueError(f"model {name!r} does not take images {tuple(images.shape[1:])}: {reason}") from error
+    finally:
+        model.train(training)
+    wanted = (len(images), num_classes)
+    if not isinstance(logits, Tensor) or logits.shape != wanted:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"model {name!r} makes {found} of {len(images)} images; allowed is a tensor [images, classes], {wanted}"
+        )
 
 
 def placed(model: nn.Module, device: torch.device) -> nn.Module:

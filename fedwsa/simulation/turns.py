@@ -54,7 +54,10 @@ class Turns:
             self._thread.start()
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None) -> None:
-        """Wait until the feeder has brought it about, for `timeout` seconds at most, or has ended; not at one's turn."""
+        """Wait until the feeder has brought it about, for `timeout` seconds at most, or has ended.
+
+        Not to be called at one's turn.
+        """
         with self._changed:
             self._changed.wait_for(lambda: done() or self._closed, timeout)
 
