@@ -30,7 +30,7 @@ from clients.client_app import app as client_app
 from fedwsa import messages
 from fedwsa.config import Config
 from fedwsa.run_folder import sha256
-from fedwsa.simulation import Engine, open_engine, sending, shared_memory, simulate
+from fedwsa.simulation import Engine, lending, open_engine, sending, shared_memory, simulate
 from fedwsa.simulation.links import RECORDS
 from strategies.server_app import make_app
 
@@ -483,7 +483,7 @@ def test_without_room_for_shared_memory_numbers_go_through_the_socket(
 
     units(size)
     monkeypatch.setattr(shared_memory, "_write_whole", full)
-    monkeypatch.setattr(shared_memory.Pool, "borrow", lambda self, expected: None)
+    monkeypatch.setattr(lending.Pool, "borrow", lambda self, expected: None)
     events = run(config(), tmp_path, engine, client_app)
     assert model(tmp_path) == model(undisturbed)
     assert events == lines(undisturbed / "fedavg" / "metrics.jsonl")

@@ -56,7 +56,7 @@ class Workload:
         return models.build(self.model, (1, 28, 28), 10, seed=0)
 
     def shard(self, client: int) -> slice:
-        """A client's samples where the shards are equal; beyond the last they begin again, for a loop that counts on."""
+        """A client's samples where the shards are equal; beyond the last they begin again (`bare`)."""
         start = client % (60_000 // self.samples) * self.samples
         return slice(start, start + self.samples)
 

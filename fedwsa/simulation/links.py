@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -11,11 +11,12 @@ from typing import Any, Protocol, TypeVar
 import ray
 from flwr.app import ArrayRecord, RecordDict
 
-from fedwsa.arrays import NumpyArray
+from fedwsa.arrays import NumpyArray, num_bytes
 from fedwsa.simulation import pickling
 from fedwsa.simulation.engine import Outcome, Task
 from fedwsa.simulation.folding import MakeFold
-from fedwsa.simulation.shared_memory import Expected, Pool, Sent, ServerEnd
+from fedwsa.simulation.lending import Expected, Pool
+from fedwsa.simulation.shared_memory import Sent, ServerEnd
 from fedwsa.simulation.worker import Packed, Place
 
 DEATHS = (  # Ray kills a worker that fills the memory; an outcome can be lost with the machine that it lies on
@@ -146,7 +147,7 @@ class SharedMemoryLink:
 
     def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
-        if busy and _is_large(task):
+        if busy and _state_bytes(task) > LARGE:  # would be found below too, but pickled each time
             return False
         packed, records = self.shared.packer.pack(task)
         sent = {place: self.shared.sent(record) for place, record in records.items()}
@@ -154,15 +155,18 @@ class SharedMemoryLink:
         folds, jobs = task.make is not None, len(task.jobs)
         times = (2 if jobs > 1 else 1) if folds else jobs  # sums are float64; of one reply it is the reply
         with suppress(OSError):
-            self.end.send(packed, sent, Expected((folds, jobs), largest * times))
+            return self.end.send(packed, sent, Expected((folds, jobs), largest * times), LARGE if busy else None)
         return True
 
     def receive(self) -> list[Outcome]:
         """See Link."""
         try:
-            return [self.end.receive()]
+            outcome: Outcome = self.end.receive()
         except (EOFError, OSError):
             raise WorkerDiedError(self._reason()) from None
+        for answer in outcome.answers:
+            _detach(answer.state or {})
+        return [outcome]
 
     def close(self) -> None:
         """See Link."""
@@ -227,14 +231,15 @@ class ObjectStoreLink:
         os.write(self.writer, b".")
 
 
-def _is_large(task: Task) -> bool:
-    """Whether what travels through the socket could fill it: client state, texts, bytes."""
-    size = 0
-    for job in task.jobs:
-        content = (record for record in job.message.content.values() if not isinstance(record, ArrayRecord))
-        for record in (*(job.state or {}).values(), *content):
-            for value in record.values():
-                size += len(value) * 9 if isinstance(value, list | str | bytes) else 9
-                if not isinstance(value, list | str | bytes | int | float):
-                    size += LARGE
-    return size > LARGE
+def _state_bytes(task: Task) -> int:
+    """Of the numbers that clients keep, which travel with the task."""
+    records = (record for job in task.jobs for record in (job.state or {}).values())
+    return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
+
+
+def _detach(state: Mapping[str, object]) -> None:
+    """The server keeps states: in memory of their own, else each would hold the whole block that it came in."""
+    for record in state.values():
+        for array in record.values() if isinstance(record, ArrayRecord) else ():
+            if isinstance(array, NumpyArray):
+                array.__dict__["_array"] = array.view().copy("K")  # as it lies, so that its bytes stay the same
