@@ -118,7 +118,7 @@ def curves(content: Content) -> str:
                     if (record["method"], record["alpha"]) == (method, ALPHAS[0])
                 ]
                 axes.plot(*_means(series), color=figures.COLOURS[index], linewidth=1.4)
-            axes.set_title(f"σ of {layer}, α = {ALPHAS[0]:g}")
+            axes.set_title(f"σ of {layer.removesuffix('.weight')}, α = {ALPHAS[0]:g}")
             axes.set_xlabel("round")
         figure.legend(list(handles.values()), [NAMES[m] for m in handles], loc="outside upper left", ncols=4)
         return figures.svg(figure)
