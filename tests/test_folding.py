@@ -388,12 +388,17 @@ def said_to_take(seconds: str) -> Any:
 class Shuffling:
     """Workers that take turns at random, and whose outcomes are pickled on their way."""
 
+    workers_elsewhere = False
+
     def __init__(self, workers: int, seed: int) -> None:
         self.workers = workers
         self.random = random.Random(seed)
         self.tasks: list[Task] = []
         self.sizes: set[int] = set()  # of tasks that were folded
         self.positions: list[int] = []  # that were taken, of those that were there
+
+    def wake(self) -> None:
+        pass
 
     def begin(self, population: Population) -> None:
         self.population = population

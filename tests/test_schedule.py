@@ -152,10 +152,13 @@ def replies_of(grid: SimulationGrid) -> list[Message]:
 class Dying:
     """An engine whose workers die over everything."""
 
-    workers = 2
+    workers, workers_elsewhere = 2, False
 
     def __init__(self) -> None:
         self.tasks: deque[Task] = deque()
+
+    def wake(self) -> None:
+        pass
 
     def submit(self, task: Task) -> None:
         self.tasks.append(task)
@@ -184,11 +187,14 @@ def test_a_client_that_was_given_up_is_not_taken_for_a_quick_one():
 class Newest:
     """Two workers; the newest task is done first, and what was submitted is written down."""
 
-    workers = 2
+    workers, workers_elsewhere = 2, False
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
         self.submitted: list[list[int]] = []
+
+    def wake(self) -> None:
+        pass
 
     def begin(self, population: Population) -> None:
         self.population = population
