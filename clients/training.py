@@ -14,7 +14,6 @@ from fedwsa.data.augmentation import Augmented
 from fedwsa.granularity import layer_of
 from fedwsa.messages import Alignment
 from fedwsa.regularizer import WeightScopeRegularizer
-from fedwsa.scope import WeightScope
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +125,7 @@ def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRe
     if not parameters.keys() >= set(layers):
         # A server sees arrays; which of them are buffers, or one weight under two names, is known here.
         others = model.state_dict().keys() - parameters.keys()
-        kept = [i for i, layer in enumerate(layers) if layer not in others]
-        names = tuple(target.names[i] for i in kept)
-        target = WeightScope(names, target.means[kept], target.variances[kept])
+        target = target.only([name for name, layer in zip(target.names, layers, strict=True) if layer not in others])
     return WeightScopeRegularizer(
         parameters.items(),
         target,

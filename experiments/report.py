@@ -41,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
         measure_every=run.config.get("measure-every", 0),
         partitions=_partition_figures(run),
         server=_server_data(run),
-        np_merge=any(map(_is_np_merge, run.strategies)),
+        np_merge=run.uses("np-merge"),
         given=_given(run),
         failures=_failures(run),
         command=f"fedwsa run {shlex.quote(f'{folder.parent.name}/{folder.name}/config.toml')}",
@@ -128,11 +128,6 @@ def _server_data(run: Run) -> dict[str, Any]:
     }
 
 
-def _is_np_merge(strategy: str) -> bool:
-    """By itself or aligned."""
-    return strategy.removesuffix(ALIGNED) == "np-merge"
-
-
 def _given(run: Run) -> Cells:
     """Labelled samples that a strategy learns from on the server: NP-Merge alone does, of ours."""
     samples = _server_data(run)["samples"]
@@ -140,7 +135,8 @@ def _given(run: Run) -> Cells:
     def on_server(name: str) -> str:
         if ":" in name:
             return "as its own code decides"
-        return f"{samples:,}, to learn its merging coefficients" if _is_np_merge(name) else "none"
+        learns = name.removesuffix(ALIGNED) == "np-merge"
+        return f"{samples:,}, to learn its merging coefficients" if learns else "none"
 
     rows = tuple((name, on_server(name)) for name in run.strategies)
     return Cells("", ("strategy", "labelled samples learnt from on the server"), rows, "")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedwsa.config import ALIGNED
 from partitions import PARTITIONERS
 
 Event = dict[str, Any]
@@ -75,6 +76,10 @@ class Run:
     def strategies(self) -> list[str]:
         """The strategies in the config's order; the first is the one that others are compared with."""
         return as_list(self.config["strategies"])
+
+    def uses(self, strategy: str) -> bool:
+        """Whether a strategy is among them, by itself or aligned."""
+        return any(name.removesuffix(ALIGNED) == strategy for name in self.strategies)
 
     @property
     def alphas(self) -> list[float]:

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from experiments.results import Run, Summary, mean_interval, paired_differences
-from fedwsa.config import ALIGNED
 
 NONE = "–"
 NOT_FINISHED = "not finished"
@@ -142,8 +141,7 @@ def _many_federations(run: Run) -> Cells:
 
 def _whose(run: Run) -> str:
     """What the accuracy is of."""
-    local = any(name.removesuffix(ALIGNED) == "local-only" for name in run.strategies)
-    own = "; of local-only the mean over the clients' own models" if local else ""
+    own = "; of local-only the mean over the clients' own models" if run.uses("local-only") else ""
     of = f"Accuracy of the global model on the test split, after the last round and not at its best{own}."
     if (policy := run.config.get("batch-norm", "aggregate")) != "aggregate":
         of += f' With batch-norm = "{policy}" clients use other models: their own accuracy is in metrics.jsonl.'

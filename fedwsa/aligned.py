@@ -83,7 +83,7 @@ class LayerUnits:
     def _sums(self, held: Held) -> Iterable[tuple[_Layer, float, float]]:
         """Each layer that is to be pulled, its Σ w and Σ w²."""
         layers = [layer for layer in self._layers if _is_written(layer.parameter, held)]
-        sums = _sums([_flat(layer.parameter) for layer in layers])
+        sums = _power_sums([_flat(layer.parameter) for layer in layers])
         return ((layer, *pair) for layer, pair in zip(layers, sums, strict=True))
 
     def _update(self, layer: _Layer, total: float, square: float, terms: Terms) -> tuple[float, float, float] | None:
@@ -262,7 +262,7 @@ def _flat(weights: Tensor) -> Tensor:
     return weights.reshape(-1)
 
 
-def _sums(layers: list[Tensor]) -> Iterator[tuple[float, float]]:
+def _power_sums(layers: list[Tensor]) -> Iterator[tuple[float, float]]:
     """Σ w and Σ w² of each; on the CPU when it is its turn, so that its update finds it in the cache."""
     if not layers or layers[0].is_cpu:
         for w in layers:

@@ -57,6 +57,11 @@ class WeightScope:
         if negative := [name for name, value in zip(self.names, self.variances.tolist(), strict=True) if value < 0]:
             raise ValueError(f"variances must be >= 0, negative in layers {negative}")
 
+    def only(self, names: Sequence[str]) -> WeightScope:
+        """That of some of the layers, in this order. Raises KeyError for a layer that is not there."""
+        kept = _positions(self.names, names)
+        return WeightScope(tuple(names), self.means[kept], self.variances[kept])
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, WeightScope):
             return NotImplemented
@@ -65,6 +70,11 @@ class WeightScope:
             and torch.equal(self.means, other.means)
             and torch.equal(self.variances, other.variances)
         )
+
+
+def _positions(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    position = {name: i for i, name in enumerate(names)}
+    return [position[name] for name in wanted]
 
 
 def moments(tensor: Tensor) -> tuple[float, float]:
@@ -198,8 +208,7 @@ class Scopes:
 
     def only(self, names: Sequence[str]) -> Scopes:
         """Those of some of the layers, in this order. Raises KeyError for a layer that is not there."""
-        position = {name: i for i, name in enumerate(self.names)}
-        columns = [position[name] for name in names]
+        columns = _positions(self.names, names)
         return Scopes(tuple(names), self.means[:, columns], self.variances[:, columns])
 
 

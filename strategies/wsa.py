@@ -235,8 +235,7 @@ class WeightScopeAlignment(Wrapper):
         """Of the units of all layers those that are aligned; the unit of the whole model is one."""
         if self.layers is None or self.granularity == "model":
             return scope
-        kept = [i for i, name in enumerate(scope.names) if self._aligns(layer_of(name, self.granularity))]
-        return WeightScope(tuple(scope.names[i] for i in kept), scope.means[kept], scope.variances[kept])
+        return scope.only([name for name in scope.names if self._aligns(layer_of(name, self.granularity))])
 
     def state(self) -> dict[str, Tensor]:
         """The target, [mean, variance] by layer, and the wrapped strategy's state (AttributeError if it has none)."""

@@ -310,6 +310,11 @@ def test_some_of_the_layers():
     assert every.only(("b", "a")).means.tolist() == [[2, 0], [6, 4]]
     with pytest.raises(KeyError, match="c"):
         every.only(("c",))
+    alone = scope((0, 1), (2, 3))
+    assert alone.only(("b", "a")) == WeightScope(("b", "a"), alone.means.flip(0), alone.variances.flip(0))
+    assert alone.only(()).means.shape == (0,)
+    with pytest.raises(KeyError):
+        alone.only(("c",))
 
 
 # ---- the affine maps

@@ -91,8 +91,7 @@ class SimulationGrid(Grid):
         this process (`inprocess`) the clients that were pushed to are run now.
         """
         with self._turns:
-            while self.receive(timeout=0):
-                pass
+            self._take_what_is_there()
             asked = list(dict.fromkeys(message_ids))
             there = [message_id for message_id in asked if message_id not in self._on_the_way]
             return [self._replies.pop(id_) if id_ in self._replies else _unavailable(id_) for id_ in there]
@@ -126,10 +125,13 @@ class SimulationGrid(Grid):
         if self.engine.workers_elsewhere:
             self._turns.wait_for(lambda: self._on_the_way.keys().isdisjoint(ids), timeout)
         with self._turns:
-            while not self.engine.workers_elsewhere and self.receive(timeout=0):
-                pass
+            self._take_what_is_there()
             self.give_up(set(ids))
             return [self._replies.pop(message_id) for message_id in ids if message_id in self._replies]
+
+    def _take_what_is_there(self) -> None:
+        while self.receive(timeout=0):
+            pass
 
     def _push(self, messages: Iterable[Message]) -> list[str]:
         numbered = self._numbered(messages)
