@@ -1,5 +1,7 @@
 """The ClientApp: trains or evaluates the model that a message brings, on this client's own samples."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 
 import torch
@@ -39,11 +41,7 @@ def train_message(message: Message, context: Context) -> Message:
     put_back(state, local, context, settings)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
     own_seed = torch_seed(config.seed[0], "client", server_round, client)
-    generators = _generators(_device(config))
-    kept = [each.get_state() for each in generators]
-    try:
-        for each in generators:
-            each.manual_seed(own_seed)
+    with _reproducible(_device(config), own_seed):
         order = torch.Generator().manual_seed(own_seed)
         seen = _augmented(images, config, server_round, client)
         alignment = messages.unpack_alignment(settings)
@@ -52,10 +50,8 @@ def train_message(message: Message, context: Context) -> Message:
             gradient = partial(mean_gradient, model, images, labels, config, own_seed)
             objective = make(Task(model, _shared(model, local), message, context, config, gradient))
         training = train(model, seen, labels, config, order, alignment, objective)
-    finally:
-        for each, before in zip(generators, kept, strict=True):
-            each.set_state(before)
     keep(state, local, context, settings)
+    state = {name: tensor.cpu() for name, tensor in state.items()}  # from a card once
     reply = {**state, **sent}  # in the order of the state
     metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: training.loss})
     if alignment and alignment.share > 0:
@@ -184,10 +180,25 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """From which a module draws by itself, for dropout or the like."""
-    cpu = torch.default_generator
-    return [cpu] if device.type == "cpu" else [cpu, torch.cuda.default_generators[device.index]]
+@contextmanager
+def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
+    """What a module draws by itself, for dropout or the like, is by this seed, and cuDNN adds up in one order.
+
+    Afterwards generators and settings are as they were.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    kept, cudnn = [each.get_state() for each in generators], torch.backends.cudnn.deterministic
+    try:
+        for each in generators:
+            each.manual_seed(seed)
+        torch.backends.cudnn.deterministic = True
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = cudnn
+        for each, before in zip(generators, kept, strict=True):
+            each.set_state(before)
 
 
 def _moved(tensor: Tensor, config: Config) -> Tensor:

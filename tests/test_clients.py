@@ -2,6 +2,7 @@
 
 import random
 from itertools import chain
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -103,6 +104,28 @@ def test_global_random_states_are_left_alone(kind):
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
+
+
+class InOrder(nn.Linear):
+    """Writes down whether cuDNN is told to add up in one order, where it cannot show."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def __init__(self, input_shape, num_classes):
+        super().__init__(64, num_classes)
+
+    def forward(self, images):
+        self.seen.append(torch.backends.cudnn.deterministic)
+        return super().forward(images.flatten(1))
+
+
+def test_cudnn_adds_up_in_one_order_while_a_client_trains():
+    config = tiny(model="test_clients:InOrder")
+    start = models.build(config.model, *DIGITS, seed=0).state_dict()
+    InOrder.seen.clear()
+    ask(config, start=start)
+    assert set(InOrder.seen) == {True}
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_message_and_client_share_no_memory():
