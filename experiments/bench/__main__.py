@@ -8,8 +8,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from experiments.bench.measure import Contestant, ContestantError, Figure, Measurement, measure
 from experiments.bench.rows import DESCRIPTIONS, ROWS, Row, repeats, spread
+from experiments.bench.workloads import WORKLOADS
 
 Measured = dict[Contestant, list[Measurement]]
 
@@ -26,10 +29,17 @@ def machine() -> str:
     processor = names[0] if names else platform.machine()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "flwr", "ray"))
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{len(os.sched_getaffinity(0))} cores ({processor}), {memory:.0f} GiB, {platform.system()} "
+        f"{len(os.sched_getaffinity(0))} cores ({processor}), {memory:.0f} GiB{card}, {platform.system()} "
         f"{platform.release()}, Python {platform.python_version()}, {packages}"
     )
+
+
+def workloads_here() -> list[str]:
+    """Those that this machine has the devices for."""
+    with_cards = {name for name, workload in WORKLOADS.items() if workload.device == "cuda"}
+    return [name for name in DESCRIPTIONS if torch.cuda.is_available() or name not in with_cards]
 
 
 def run(rows: list[Row], count: int) -> tuple[Measured, set[Contestant]]:
@@ -93,12 +103,15 @@ def main() -> None:
     """Exit status 1 if a contestant failed; a goal that is not met is no failure."""
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workloads", default=",".join(DESCRIPTIONS), help=f"of {', '.join(DESCRIPTIONS)}")
+    able = workloads_here()
+    parser.add_argument("--workloads", default=",".join(able), help=f"of {', '.join(DESCRIPTIONS)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "RESULTS.md")
     options = parser.parse_args()
     workloads = options.workloads.split(",")
     if unknown := set(workloads) - DESCRIPTIONS.keys():
         parser.error(f"--workloads: {', '.join(sorted(unknown))}: allowed are {', '.join(DESCRIPTIONS)}")
+    if unable := set(workloads) - set(able):
+        parser.error(f"--workloads: {', '.join(sorted(unable))}: no CUDA device here; allowed are {', '.join(able)}")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: allowed is a whole number ≥ 1")
     rows = [row for row in ROWS if row.workload in workloads]
@@ -113,8 +126,7 @@ def main() -> None:
         "",
         *goal_table(rows, measured, failed),
         "",
-        STOCK,
-        "",
+        *([STOCK, ""] if any(each.argument == "stock" for row in rows for each in row.contestants) else []),
         *seconds_table(rows, measured, failed),
         "",
     ]

@@ -1,7 +1,10 @@
 """What weight scope alignment adds to a client's training: with and without it in turn, in one process on one thread.
 
+On a card a lap ends when the card has done all of it.
+
 A lap is a client's local epoch with the term; the median of those without is said at the end: `limit 0.123`, seconds.
-The third argument is `loss`, `proximal`, or `autograd`: the same term as one would write it without closed forms.
+The third argument is `loss`, `proximal`, `channel` or `model` (granularities, in loss mode), or `autograd`: the term as
+one would write it without closed forms.
 """
 
 import statistics
@@ -48,21 +51,31 @@ def _divergence(weights: Tensor, mean: float, variance: float) -> Tensor:
 
 def main() -> None:
     """Both begin from the same weights each time."""
-    name, rounds, mode = arguments()
+    name, rounds, kind = arguments()
+    granularity = kind if kind in ("channel", "model") else "layer"
     torch.set_num_threads(1)
     workload = WORKLOADS[name]
     config = make_config(workload, 1)
-    images, labels = (each[: workload.samples].clone() for each in tensors())
-    model = placed(workload.build(), torch.device("cpu"))
+    images, labels = (each[: workload.samples].clone().to(workload.device) for each in tensors())
+    model = placed(workload.build(), torch.device(workload.device))
     start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    target = measure({key: tensor for key, tensor in model.named_parameters() if is_layer(key, tensor)})
+    layers = {key: tensor for key, tensor in model.named_parameters() if is_layer(key, tensor)}
+    target = measure(layers, granularity=granularity)
+    mode = "proximal" if kind == "proximal" else "loss"
+    term = Alignment(target, STRENGTH, mode, "sum", granularity=granularity, layers=tuple(layers))
+
+    def wait() -> None:
+        if workload.device == "cuda":
+            torch.cuda.synchronize()
 
     def seconds(aligned: bool) -> float:
         model.load_state_dict(start)
-        alignment = Alignment(target, STRENGTH, mode, "sum") if aligned and mode != "autograd" else None
-        objective = ByAutograd(model, target, config) if aligned and mode == "autograd" else None
+        alignment = term if aligned and kind != "autograd" else None
+        objective = ByAutograd(model, target, config) if aligned and kind == "autograd" else None
+        wait()
         begin = time.perf_counter()
         train(model, images, labels, config, torch.Generator().manual_seed(0), alignment, objective)
+        wait()
         return time.perf_counter() - begin
 
     plain = [seconds(aligned=False)]

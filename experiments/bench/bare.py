@@ -1,4 +1,4 @@
-"""The limit: the plain PyTorch loop, the cohort split over two processes of one thread, averages in shared memory."""
+"""The limit: the plain PyTorch loop, the cohort split over processes of one thread, averages in shared memory."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from experiments.bench.workloads import WORKERS, WORKLOADS, Stopwatch, Workload, arguments, local_epoch, tensors
+from experiments.bench.workloads import WORKLOADS, Stopwatch, Workload, arguments, local_epoch, tensors
 
 
 def worker(rank: int, workload: Workload, rounds: int, model_vector: Tensor, sums: Tensor, barrier: Any) -> None:
-    """Every other client of each round."""
+    """Its share of each round's clients, with all samples on the device that it computes on."""
     torch.set_num_threads(1)
-    images, labels = tensors()
-    model = workload.build()
+    images, labels = (each.to(workload.device) for each in tensors())
+    model = workload.build().to(workload.device)
     parameters = list(model.parameters())
     for server_round in range(rounds):
         barrier.wait()
-        total = torch.zeros_like(model_vector)
-        for position in range(rank, workload.cohort, WORKERS):
+        total = torch.zeros_like(model_vector, device=workload.device)
+        for position in range(rank, workload.cohort, workload.workers):
             with torch.no_grad():
-                vector_to_parameters(model_vector.clone(), parameters)
+                vector_to_parameters(model_vector.to(workload.device, copy=True), parameters)
             shard = workload.shard(server_round * workload.cohort + position)
             local_epoch(model, images[shard], labels[shard])
             with torch.no_grad():
@@ -37,12 +37,12 @@ def main() -> None:
     torch.set_num_threads(1)
     watch = Stopwatch()
     model_vector = parameters_to_vector(workload.build().parameters()).detach().share_memory_()  # type: ignore[no-untyped-call]
-    sums = torch.zeros(WORKERS, model_vector.numel()).share_memory_()  # type: ignore[no-untyped-call]
+    sums = torch.zeros(workload.workers, model_vector.numel()).share_memory_()  # type: ignore[no-untyped-call]
     context = mp.get_context("spawn")
-    barrier = context.Barrier(WORKERS + 1)
+    barrier = context.Barrier(workload.workers + 1)
     workers = [
         context.Process(target=worker, args=(rank, workload, rounds, model_vector, sums, barrier))
-        for rank in range(WORKERS)
+        for rank in range(workload.workers)
     ]
     for process in workers:
         process.start()

@@ -7,7 +7,16 @@ from typing import Any
 
 from clients.client_app import app as client_app
 from clients.federation import federation
-from experiments.bench.workloads import BATCH, LEARNING_RATE, WORKERS, WORKLOADS, Stopwatch, Workload, arguments
+from experiments.bench.workloads import (
+    BATCH,
+    LEARNING_RATE,
+    ON_A_CARD,
+    WORKERS,
+    WORKLOADS,
+    Stopwatch,
+    Workload,
+    arguments,
+)
 from fedwsa.config import Config, parse
 from fedwsa.simulation import Engine, open_engine, simulate
 from strategies.rounds import Event, Notify
@@ -16,6 +25,7 @@ from strategies.server_app import make_app
 ENGINES: dict[str, dict[str, Any]] = {
     "ray": {"name": "ray", "workers": WORKERS},  # all workers are up before round 1
     "ray-start-here": {"name": "ray", "workers": WORKERS, "start_here": True},  # as `fedwsa run` does
+    "ray-card": {"name": "ray", "workers": ON_A_CARD, "gpus_per_client": 1 / ON_A_CARD},
     "inprocess": {"name": "inprocess"},
 }
 
@@ -40,6 +50,7 @@ def make_config(workload: Workload, rounds: int) -> Config:
         "local-epochs": 1,
         "batch-size": BATCH,
         "learning-rate": LEARNING_RATE,
+        "gpus-per-client": 0.0 if workload.device == "cpu" else 1 / ON_A_CARD,
     }
     return parse(values)
 

@@ -14,6 +14,8 @@ DESCRIPTIONS = {
     "unequal": "CNN, 20 clients with 1 to 3,000 samples, all in each round",
     "start": "process start to the end of round 1, MLP",
     "many": "start with 10,000 clients registered, cohort 100",
+    "card-mlp": "MLP, 10 × 600 samples, four clients at a time on one CUDA card",
+    "card-cnn": "CNN, 10 × 600 samples, four clients at a time on one CUDA card",
 }
 
 
@@ -133,13 +135,27 @@ def _starts() -> list[Row]:
     ]
 
 
-def _alignment(workload: str, number: int, most: float) -> list[Row]:
+def _alignment(workload: str, number: int, most: float | None = None) -> list[Row]:
     """A client's local epoch with the term ÷ without it, in one process; most: how large that may be."""
     rows = []
-    for mode, goal in (("loss", Goal("≤", most)), ("proximal", Goal("≤", most)), ("autograd", None)):
-        one = Contestant(f"WSA, {mode}", "alignment", workload, number, mode, limit="the same without WSA")
-        rows.append(Row(workload, f"local epoch with WSA, {mode} ÷ without", goal, over_limit, (one,)))
+    asked = Goal("≤", most) if most else None
+    goals = {"loss": asked, "proximal": asked, "channel": None, "model": None, "autograd": None}
+    for kind, goal in goals.items():
+        one = Contestant(f"WSA, {kind}", "alignment", workload, number, kind, limit="the same without WSA")
+        rows.append(Row(workload, f"local epoch with WSA, {kind} ÷ without", goal, over_limit, (one,)))
     return rows
+
+
+def _on_a_card(workload: str) -> list[Row]:
+    """Nobody has set goals for these."""
+    bare = Contestant("bare loop", "bare", workload, 10)
+    ours = Contestant("our app", "ours", workload, 10, "ray-card")
+    in_process = Contestant("our app, in-process", "ours", workload, 10, "inprocess")
+    return [
+        Row(workload, "our app ÷ bare loop", None, rounds, (ours, bare)),
+        Row(workload, "our app, in-process ÷ bare loop", None, rounds, (in_process, bare)),
+        *_alignment(workload, 30),
+    ]
 
 
 UNEQUAL = Contestant("our app", "unequal", "unequal", 4, "ray", limit="half of all clients, or the longest")
@@ -156,4 +172,6 @@ ROWS = [
     Row("unequal", "first round ÷ the same", None, first_over_limit, (UNEQUAL,)),
     *_starts(),
     Row("many", "later than with 100 clients", Goal("≤", 2, " s"), later, (MANY, FEW)),
+    *_on_a_card("card-mlp"),
+    *_on_a_card("card-cnn"),
 ]

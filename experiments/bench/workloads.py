@@ -17,6 +17,7 @@ from fedwsa.data import fashion_mnist, idx
 BATCH, LEARNING_RATE = 50, 0.05
 MEAN, STD = 0.286, 0.353  # of the training pixels / 255
 WORKERS = 2  # clients that compute at the same time, one thread each
+ON_A_CARD = 4  # the same on a CUDA card
 LARGEST = 3000  # samples of a client of `unequal`
 
 Indices = NDArray[np.int64]
@@ -50,6 +51,12 @@ class Workload:
     cohort: int
     samples: int
     partitioner: str = "equal"
+    device: str = "cpu"
+
+    @property
+    def workers(self) -> int:
+        """Clients that compute at the same time."""
+        return WORKERS if self.device == "cpu" else ON_A_CARD
 
     def build(self) -> nn.Module:
         """A new model, the same for every contestant."""
@@ -69,6 +76,8 @@ WORKLOADS = {
     "many": Workload("mlp", 10_000, 100, 6),
     "few": Workload("mlp", 100, 100, 6),  # what `many` is compared with
     "unequal": Workload(CNN, 20, 20, 600, "unequal"),
+    "card-mlp": Workload("mlp", 100, 10, 600, device="cuda"),
+    "card-cnn": Workload(CNN, 100, 10, 600, device="cuda"),
 }
 
 
@@ -104,7 +113,7 @@ tensors = cache(load)
 def local_epoch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """What PyTorch's documentation would have a user write."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
-    for batch in torch.split(torch.randperm(len(images)), BATCH):
+    for batch in torch.split(torch.randperm(len(images), device=images.device), BATCH):
         optimizer.zero_grad()
         F.cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
