@@ -104,7 +104,7 @@ def _partition(config: Config, dataset: data.Dataset) -> tuple[Indices, list[Ind
         sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
         found = stored.read(Path(config.partition_file), labels, **sizes)
         return found.server, found.clients, found.made_by
-    server, pool = data.server_split(labels, config.server_samples, generator(seed, "server-split"))
+    server, pool = data.held_out(config, labels)
     partitioner: Callable[..., list[Indices]] = lookup(partitions.PARTITIONERS, config.partitioner, "partitioner")
     options = {"alpha": config.alpha[0], **{name: getattr(config, name) for name in OPTIONS}}
     who = f"partitioner {config.partitioner!r}"

@@ -14,7 +14,7 @@ import strategies
 from fedwsa import data, models, weights
 from fedwsa.config import Config, from_run_config
 from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
-from fedwsa.seeding import generator, torch_seed
+from fedwsa.seeding import torch_seed
 from fedwsa.tracing import span
 from partitions import stored
 from strategies.evaluation import CentralEvaluation
@@ -73,7 +73,7 @@ def _held_out(config: Config, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     if config.partition_file:
         sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
         return stored.read(Path(config.partition_file), labels, **sizes).server
-    return data.server_split(labels, config.server_samples, generator(config.seed[0], "server-split"))[0]
+    return data.held_out(config, labels)[0]
 
 
 def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> None:

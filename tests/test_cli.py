@@ -307,7 +307,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         ("run", "--set=num-clients=900"),
         r"partitioner 'dirichlet': 900 clients with min-size=2 need 1800 samples, got 1338; use a smaller min-size .*",
     ),
-    "server's split": (("run", "--set=server-samples=2000"), r".* got 2000"),
+    "server's split": (("run", "--set=server-samples=2000"), r"server-samples = 2000: allowed is less than .*"),
     "no run to resume": (("run", "--resume=."), r"\.: no run to resume, config.toml is missing"),
     "resume and options": (("run", "--resume=.", "--rounds=3"), r"--resume takes the config of the run folder; .*"),
     "resume and set": (("run", "--resume=.", "--set=rounds=3"), r"--resume takes the config of the run folder; .*"),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from originals import idx_bytes
 
-from fedwsa.data import DATASETS, DataError, Dataset, digits, fashion_mnist, idx, load, server_split
+from fedwsa.config import Config
+from fedwsa.data import DATASETS, DataError, Dataset, digits, fashion_mnist, held_out, idx, load, server_split
 from fedwsa.data.dataset import channel_statistics
 from fedwsa.registry import lookup
 
@@ -185,6 +186,15 @@ def test_load_refuses_what_is_no_dataset():
         load(f"{__name__}:not_a_dataset")
 
 
+def without_arguments():
+    raise AssertionError("called")
+
+
+def test_load_refuses_a_function_that_does_not_take_the_folder():
+    with pytest.raises(ValueError, match=r"data set 'test_data:without_arguments' does not take \(data_dir\), and"):
+        load("test_data:without_arguments")
+
+
 def test_load_of_an_unknown_name_lists_the_registered():
     with pytest.raises(ValueError, match=r"unknown data set 'mnits'.*digits, fashion-mnist, image-folder, mnist"):
         load("mnits")
@@ -235,6 +245,14 @@ def test_server_split_is_a_random_draw_inside_a_class():
 def test_server_split_leaves_the_clients_a_sample(size):
     with pytest.raises(ValueError, match=f"0 <= size < 4 samples .all there are., got {size}"):
         server_split([0, 1, 0, 1], size, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("size", [1438, 5000])
+def test_a_config_whose_server_takes_every_sample_names_the_key(size):
+    config = Config.model_validate({"server_samples": size})
+    labels = load("digits").train_labels
+    with pytest.raises(DataError, match=f"^server-samples = {size}: allowed is less than the 1438 training samples"):
+        held_out(config, labels)
 
 
 # ---- digits

@@ -6,23 +6,26 @@ scaled. To add a data set: one file, one line in `DATASETS` (or none: `load` tak
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fedwsa.data import cifar, cub_200, digits, fashion_mnist, image_folder, mnist, svhn
 from fedwsa.data.cache import cached
 from fedwsa.data.dataset import DataError, Dataset
 from fedwsa.data.map_style import from_map_style, is_map_style
 from fedwsa.data.split import server_split
-from fedwsa.registry import lookup
+from fedwsa.registry import check_call, lookup, signature_of
+from fedwsa.seeding import generator
 
 if TYPE_CHECKING:
     from fedwsa.config import Config
 
-__all__ = ["DATASETS", "DataError", "Dataset", "cached", "load", "of_config", "server_split"]
+__all__ = ["DATASETS", "DataError", "Dataset", "cached", "held_out", "load", "of_config", "server_split"]
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
     "digits": digits.load,
@@ -41,6 +44,17 @@ def of_config(config: Config) -> Dataset:
     return _once(config.data, config.data_dir, config.image_size)
 
 
+def held_out(config: Config, labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of the training samples that a config's server holds, and of those left for the clients.
+
+    Raises DataError where none would be left.
+    """
+    size = config.server_samples
+    if size >= len(labels):
+        raise DataError(f"server-samples = {size}: allowed is less than the {len(labels)} training samples there are")
+    return server_split(labels, size, generator(config.seed[0], "server-split"))
+
+
 @lru_cache(maxsize=2)
 def _once(name: str, data_dir: str, image_size: int) -> Dataset:
     return load(name, Path(data_dir) if data_dir else None, image_size)
@@ -53,13 +67,17 @@ def load(name: str, data_dir: Path | None = None, image_size: int = 0) -> Datase
     `(data_dir: Path | None) -> ` one of the two.
     data_dir: where the data set's own files lie; without it the loader looks in the usual places.
     image_size: images are cut and scaled to that many pixels a side; 0: left as they are, and all of one size.
-    Raises ValueError for an unknown name, DataError (a ValueError) for files that are missing or damaged.
+    Raises ValueError for an unknown name and a function that does not take `data_dir`, DataError (a ValueError) for
+    files that are missing or damaged.
     """
     found: Any = lookup(DATASETS, name, "data set")
     scaled = image_size == 0
     if callable(found):
-        takes_size = "image_size" in inspect.signature(found).parameters
-        found = found(data_dir, image_size=image_size) if takes_size else found(data_dir)
+        who, way = f"data set {name!r}", "(data_dir), and image_size where it names it"
+        takes_size = "image_size" in signature_of(found, who, way).parameters
+        options = {"image_size": image_size} if takes_size else {}
+        check_call(found, who, way, data_dir, **options)
+        found = found(data_dir, **options)
         scaled |= takes_size
     if isinstance(found, tuple) and len(found) == 2 and all(map(is_map_style, found)):
         return from_map_style(name, *found, image_size=image_size)
