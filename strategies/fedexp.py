@@ -4,8 +4,11 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
+from torch import Tensor
 
+from fedwsa.arrays import as_type, pack, record_of, unpack, view
 from fedwsa.config import Config
 from fedwsa.simulation.folding import Fold, fold
 from strategies.aggregation import equal
@@ -29,8 +32,8 @@ class FedExP(OfUpdates):
     EMNIST. Their code (Divyansh03/FedExP) differs from their algorithm, which this is: there ε is multiplied by the
     cohort's size and falls with the square of the learning rate's decay, and clients count by their examples.
 
-    The paper tests the mean of the last two models, since long steps make them swing. Here the last one is evaluated
-    and kept, as with every strategy. η_g is among the metrics of the training, `server-step`.
+    Long steps make x swing, so that, as in the paper, the mean of the last two is evaluated and kept at the end;
+    clients go on from the last. η_g is among the metrics of the training, `server-step`.
     """
 
     weigh = staticmethod(equal)
@@ -60,3 +63,20 @@ class FedExP(OfUpdates):
         clients = folded.model.weight
         step = max(1.0, sum(folded.squares.values()) / (2 * clients * (of_mean + self.epsilon)))
         return self.stepped(mean, step), MetricRecord({**(metrics or {}), SERVER_STEP: step})
+
+    def result(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The parameters' mean of the last two models, in their types; what is no parameter is the last one's.
+
+        arrays: the model after the last round.
+        """
+        before = self.origin()
+        mean = {name: 0.5 * (x.astype(np.float64) + view(arrays[name])) for name, x in before.items()}
+        return record_of({n: as_type(mean[n], view(a).dtype) if n in mean else view(a) for n, a in arrays.items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """The model before the last."""
+        return unpack(self.sent)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.sent = pack(state)

@@ -62,13 +62,14 @@ class Rounds:
             tracing.mark("round")
             arrays = self._train(server_round, arrays)
             if server_round % self.config.evaluate_every == 0 or server_round == self.config.rounds:
-                by_clients = self._evaluate_clients(server_round, arrays)
-                self._record({"round": server_round, **(by_clients or self.evaluate(arrays))})
+                result = self.strategy.result(arrays)
+                by_clients = self._evaluate_clients(server_round, result)
+                self._record({"round": server_round, **(by_clients or self.evaluate(result))})
             if server_round % self.config.checkpoint_every == 0:
                 states = pack_states(self.grid.states) if isinstance(self.grid, SimulationGrid) else {}
                 with span("record"):
                     self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state(), states)
-        self.folder.save_final(unpack(arrays))
+        self.folder.save_final(unpack(self.strategy.result(arrays)))
 
     def _check_state(self) -> None:
         """Before the first round, not at the first checkpoint."""

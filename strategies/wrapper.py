@@ -23,6 +23,15 @@ class Wrapper(Strategy):
         """As the wrapped strategy does."""
         return self.strategy.aggregate_evaluate(server_round, replies)
 
+    def result(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The model to evaluate and to keep at the end, after a round that gave `arrays`, which are sent next.
+
+        It is `arrays`, unless the wrapped strategy has a `result` and says otherwise.
+        """
+        inner = getattr(self.strategy, "result", None)
+        result: ArrayRecord = inner(arrays) if inner else arrays
+        return result
+
     def summary(self) -> None:
         """As the wrapped strategy does."""
         self.strategy.summary()

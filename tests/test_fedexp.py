@@ -3,13 +3,32 @@
 import numpy as np
 import pytest
 import torch
-from federations import canned, grid_of, holdout, numbers, one_round, record, run, tiny
+from federations import (
+    DIGITS,
+    canned,
+    digest,
+    grid_of,
+    holdout,
+    initial_model,
+    lines,
+    numbers,
+    one_round,
+    record,
+    run,
+    spying,
+    tiny,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
 from quadratics import clients_of, play, point
+from safetensors.torch import load_file
 
+from fedwsa import models
 from fedwsa.config import ConfigError, parse
+from fedwsa.data import load
+from fedwsa.evaluation import evaluate
+from fedwsa.run_folder import FINAL, read_checkpoint
 from strategies import FedAvg, WeightScopeAlignment
 from strategies.aggregation import equal
 from strategies.fedexp import FedExP
@@ -150,3 +169,51 @@ def test_the_config_reaches_the_strategy():
     assert WeightScopeAlignment(strategy).weigh is equal
     with pytest.raises(ConfigError, match=r"fedexp\.epsilon = 0: allowed is a finite number > 0"):
         parse({"fedexp": {"epsilon": 0}})
+
+
+# ---- what is evaluated and kept
+
+
+def test_the_result_is_the_mean_of_the_last_two_models_and_the_last_of_what_is_no_parameter():
+    replies = [({"w": np.array([3.0], np.float32), "norm.count": np.asarray(7)}, {"num-examples": 1})]
+    start = record({"w": np.array([1.0], np.float32), "norm.count": np.asarray(1)})
+    strategy = FedExP(1, seed=0)
+    assert numbers(strategy.result(start)) == {"w": [1.0], "norm.count": 1}
+    arrays, _ = one_round(strategy, grid_of(canned(*replies), 1), start)
+    result = numbers(strategy.result(arrays))
+    assert result == {"w": [2.0], "norm.count": 7}
+    assert result["w"].dtype == np.float32
+    assert numbers(arrays)["w"] == [3.0]
+
+
+@pytest.mark.parametrize("name", ["fedexp", "fedexp-wsa"])
+@pytest.mark.parametrize("clients", [0, 2])
+def test_a_run_evaluates_and_keeps_the_mean_of_the_last_two_models(tmp_path, name, clients):
+    """Also where it ended between its last checkpoint and its final model; clients go on from the last model."""
+    config, folder, seen = tiny(strategies=(name,), checkpoint_every=1, evaluation_cohort=clients), tmp_path / name, []
+    run(config, tmp_path, spying(seen))
+    before, last = (
+        {key: tensor.numpy() for key, tensor in read_checkpoint(path).model.items()}
+        for path in sorted((folder / "checkpoints").iterdir())
+    )
+    final = load_file(folder / FINAL)
+    assert len(final) == len(last) == 6
+    for key, tensor in final.items():
+        np.testing.assert_allclose(tensor, (before[key] + last[key]) / 2, rtol=1e-6, atol=1e-9)
+        assert not np.array_equal(tensor, last[key])
+    assert {each.sent for each in seen if each.kind == "train" and each.server_round == 2} == {
+        digest({key: before[key] for key in initial_model()})
+    }
+    expected = digest({key: final[key].numpy() for key in initial_model()})
+    asked = [each.sent for each in seen if each.kind == "evaluate" and each.server_round == 2]
+    assert asked == [expected] * clients
+    model = models.build("mlp", *DIGITS, 0)
+    model.load_state_dict(final)
+    loss, accuracy = evaluate(model, *load("digits").test_tensors())
+    found = [event["metrics"] for event in lines(folder / "metrics.jsonl") if event["phase"] == "evaluate-server"][-1]
+    assert (found["loss"], found["accuracy"]) == pytest.approx((loss, accuracy), rel=1e-5)
+
+    kept = (folder / FINAL).read_bytes()
+    (folder / FINAL).unlink()
+    run(config, tmp_path)
+    assert (folder / FINAL).read_bytes() == kept
