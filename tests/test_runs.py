@@ -210,21 +210,24 @@ def test_killed_at_random_moments(
     took = time.monotonic() - start
     assert models(whole.cwd / "run") == models(undisturbed)
     rng = random.Random(times)
-    statuses, started = [], {}
+    started, killed = {}, 0
     for number in range(times):
-        command = begin(f"killed-{number}")
-        time.sleep(took * (number + rng.random()) / times)
-        started[command.process.pid] = descendants(command.process.pid)
-        command.process.kill()
-        statuses.append(command.wait())
+        status, attempt = 0, 0
+        while status == 0 and attempt < 4:  # it came too late: other work on the machine has ended since
+            command = begin(f"killed-{number}-{attempt}")
+            time.sleep(took * (number + rng.random()) / times / 2**attempt)
+            started[command.process.pid] = descendants(command.process.pid)
+            command.process.kill()
+            status, attempt = command.wait(), attempt + 1
+            assert status in (-signal.SIGKILL, 0)
+        killed += status != 0
         if number % 3 == 2:
             command = Command(command.cwd, ["run", "--resume=run"], program)
             assert command.wait() == 0, command.err
         else:
             resume_here(command.cwd / "run", monkeypatch)
         check_same(command.cwd, undisturbed)
-    assert set(statuses) <= {-signal.SIGKILL, 0}
-    assert statuses.count(-signal.SIGKILL) > times / 2  # the last ones may have come too late
+    assert killed == times
     assert any(len(processes) > 5 for processes in started.values()) == (engine == "ray")  # Ray was there
     for driver, processes in started.items():
         check_all_gone(processes, driver)
