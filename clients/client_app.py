@@ -184,19 +184,22 @@ def _device(config: Config) -> torch.device:
 def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
     """What a module draws by itself, for dropout or the like, is by this seed, and cuDNN adds up in one order.
 
+    That is one among its deterministic algorithms, and not the one that a benchmark finds the quickest today.
+
     Afterwards generators and settings are as they were.
     """
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
-    kept, cudnn = [each.get_state() for each in generators], torch.backends.cudnn.deterministic
+    kept, cudnn = [each.get_state() for each in generators], torch.backends.cudnn
+    settings = cudnn.deterministic, cudnn.benchmark
     try:
         for each in generators:
             each.manual_seed(seed)
-        torch.backends.cudnn.deterministic = True
+        cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
-        torch.backends.cudnn.deterministic = cudnn
+        cudnn.deterministic, cudnn.benchmark = settings
         for each, before in zip(generators, kept, strict=True):
             each.set_state(before)
 

@@ -101,9 +101,9 @@ def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
     As `moments`: a constant channel has variance 0 exactly, an empty one (0, 0).
     """
+    if not tensor.numel():
+        return tuple(torch.zeros(2, len(tensor), dtype=torch.float64, device=tensor.device))
     rows = tensor.detach().to(torch.float64).reshape(len(tensor), -1)
-    if not rows.numel():
-        return rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
     deviations = rows - rows[:, :1]
     shift = deviations.mean(1, keepdim=True)
     return (rows[:, :1] + shift).squeeze(1), (deviations - shift).square().mean(1)

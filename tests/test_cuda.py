@@ -31,14 +31,14 @@ COMBINATIONS = [  # divergence, mode
 ]
 
 
-def weights_of(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+def weights_of(device: torch.device | str) -> dict[str, nn.Parameter]:
     """Three layers, one of them far from 0, with a gradient each."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
     for name, shape in SHAPES.items():
         values = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64) + 3.0 * (name == "shifted")
-        layers[name] = nn.Parameter(values.clone().to(device, dtype))
-        layers[name].grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        layers[name] = nn.Parameter(values.to(device, torch.float32))
+        layers[name].grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, torch.float32)
     return layers
 
 

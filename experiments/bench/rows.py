@@ -153,7 +153,7 @@ def _on_a_card(workload: str) -> list[Row]:
     in_process = Contestant("our app, in-process", "ours", workload, 10, "inprocess")
     return [
         Row(workload, "our app ÷ bare loop", None, rounds, (ours, bare)),
-        Row(workload, "our app, in-process ÷ bare loop", None, rounds, (in_process, bare)),
+        Row(workload, "our app, in-process, one client at a time ÷ bare loop", None, rounds, (in_process, bare)),
         *_alignment(workload, 30),
     ]
 

@@ -6,112 +6,135 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedwsa.aligned.units import PART, Held, Report, Terms, gradient_of, in_memory_order, is_written, single
+from fedwsa.aligned.units import (
+    LEAST,
+    Held,
+    Report,
+    Terms,
+    gradient_of,
+    in_memory_order,
+    is_written,
+    lies_channels_last,
+    single,
+)
 from fedwsa.divergence import usable_mask
 from fedwsa.granularity import channel_name
-from fedwsa.scope import WeightScope, channel_moments
+from fedwsa.scope import WeightScope
+
+NOTHING = -0.0
+"""What a factor or summand is where nothing may change: x + (−0.0) is x, the sign of a zero included."""
 
 
 class _Layer(NamedTuple):
-    """A layer's parameter and, float64 [C] on its device, its channels' targets, n, and whether a target is usable."""
+    """A layer's parameter, and its channels' targets, float64 [C, 1]."""
 
     name: str
     parameter: Tensor
     target_means: Tensor
     target_variances: Tensor
-    sizes: Tensor
-    usable: Tensor
+
+
+class _Update(NamedTuple):
+    """a + b (w − μ) of a layer: whether it may be made for all channels, and for which [C, 1]; float64 coefficients."""
+
+    whole: bool
+    ready: Tensor
+    means: Tensor
+    a: Tensor
+    b: Tensor
+    deviations: Tensor  # w − μ, [C, n]
+
+    def values(self, constants: Tensor, factors: Tensor) -> Tensor:
+        """Constants + factors · deviations, in place of these; nothing for channels that are not ready."""
+        if not self.whole:
+            self.deviations.masked_fill_(~self.ready, 0)
+            constants, factors = (each.masked_fill(~self.ready, NOTHING) for each in (constants, factors))
+        constants, factors = (each.to(self.deviations.dtype) for each in (constants, factors))
+        return torch.addcmul(constants, self.deviations, factors, out=self.deviations)
 
 
 class ChannelUnits:
-    """Two sums a channel and one affine update a layer; the formulas once, for the channels of all layers."""
+    """A layer's channels all at once, in single precision, or in double where that is not enough.
+
+    What is computed is of w − μ, so that nothing cancels however far μ is from 0; it takes the memory of one layer.
+    """
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, report: Report) -> None:
         self._report = report
         counts = [len(weights) for weights in parameters.values()]
-        goals = zip(torch.split(target.means, counts), torch.split(target.variances, counts), strict=True)
-        self._layers = []
-        for (name, weights), goal in zip(parameters.items(), goals, strict=True):
-            if weights.numel():
-                means, variances = (each.to(weights.device) for each in goal)
-                sizes = torch.full_like(means, weights[0].numel())
-                self._layers.append(_Layer(name, weights, means, variances, sizes, usable_mask(means, variances)))
+        goals = (torch.split(each.unsqueeze(1), counts) for each in (target.means, target.variances))
+        rows = zip(parameters.items(), *goals, strict=True)
+        self._layers = [_Layer(name, weights, *goal) for (name, weights), *goal in rows if weights.numel()]
 
     def add_gradient(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        for layer, update in self._updates(terms, held):
-            weights = layer.parameter
-            if update:
-                constants, b = update
-                gradient_of(weights).addcmul_(weights, b).add_(constants)
-                continue
-            _, gradient, ready = _in_double(layer, terms)
-            ready &= self._fitting(layer, gradient, ready)
-            gradient_of(weights).add_(gradient.masked_fill(~ready, 0).to(weights.dtype).reshape(weights.shape))
+        for weights, update in self._updates(terms, held):
+            _add(gradient_of(weights), update.values(update.a, update.b), weights)
 
     def move(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        for layer, update in self._updates(terms, held):
-            weights = layer.parameter
-            if update:
-                constants, b = update
-                torch.addcmul(constants, weights, b, out=weights)
+        for weights, update in self._updates(terms, held):
+            t = update.b - 1
+            near = t.abs() < 0.5  # then b is rounded as 1 + t, of which t would lose its digits
+            if near.all():
+                _add(weights, update.values(update.a, t), weights)
                 continue
-            means, deviations, ready = _in_double(layer, terms)
-            moved = means + deviations
-            ready &= self._fitting(layer, moved, ready)
-            rows = weights.reshape(len(weights), -1)
-            weights.copy_(torch.where(ready, moved.to(weights.dtype), rows).reshape(weights.shape))
+            constants = torch.where(near, update.a, update.a + update.means)
+            values = update.values(constants, torch.where(near, t, update.b))
+            far = (update.ready & ~near).reshape(-1, *[1] * (weights.ndim - 1))
+            weights.masked_fill_(far, NOTHING)
+            _add(weights, values, weights)
 
-    def _updates(self, terms: Terms, held: Held) -> Iterator[tuple[_Layer, tuple[Tensor, Tensor] | None]]:
-        """Each layer that is to be written, with constant and b of its channels where its own precision will do.
+    def _updates(self, terms: Terms, held: Held) -> Iterator[tuple[Tensor, _Update]]:
+        """Each layer that is to be written, with its update, if that can be made for any channel."""
+        for layer in self._layers:
+            weights = layer.parameter
+            if not is_written(weights, held):
+                continue
+            update = self._update(layer, terms, single(weights.dtype))
+            if update is None:
+                update = self._update(layer, terms, torch.float64)
+            assert update is not None
+            if not update.whole:
+                self._report([channel_name(layer.name, i) for i in (~update.ready).nonzero()[:, 0].tolist()])
+            if update.whole or update.ready.any():
+                yield weights, update
 
-        It does while |μ| < σ in every channel; else a + b w would cancel.
-        """
-        layers = [layer for layer in self._layers if is_written(layer.parameter, held)]
-        if not layers:
-            return
-        parts = [_sums(layer.parameter) for layer in layers]
-        totals, norms = (torch.cat(part).to(torch.float64) for part in zip(*parts, strict=True))
-        _, weights, *numbers = zip(*layers, strict=True)
-        target_means, target_variances, sizes, usable = map(torch.cat, numbers)
-        means = totals / sizes
-        squares = means.square()
-        variances = norms.square() / sizes - squares
-        a, b = terms(means, variances, target_means, target_variances, sizes)
-        largest = min(torch.finfo(each.dtype).max for each in weights)
-        furthest = (means.abs() + (sizes * variances).sqrt()).clamp(min=1.0)  # no weight is further from 0
-        fine = usable & (squares < variances) & (a.abs() + b.abs() * furthest <= largest)
-        alike, counts = bool(fine.all()), [len(each) for each in weights]
-        for layer, *pair, ready in zip(layers, *(each.split(counts) for each in (a, b, fine)), strict=True):
-            long = layer.parameter.is_cpu and layer.parameter[0].numel() > PART
-            if long or not (alike or ready.all()):
-                yield layer, None
-            else:
-                shape = (-1, *[1] * (layer.parameter.ndim - 1))
-                constants, b = (each.to(layer.parameter.dtype).view(shape) for each in pair)
-                yield layer, (constants, b)
-
-    def _fitting(self, layer: _Layer, values: Tensor, ready: Tensor) -> Tensor:
-        """Tell which channels [C, 1] may be written, and report the others."""
-        ready = ready & (values.abs().amax(1, keepdim=True) <= torch.finfo(layer.parameter.dtype).max)
-        if not ready.all():
-            self._report([channel_name(layer.name, index) for index in (~ready).nonzero()[:, 0].tolist()])
-        return ready
+    def _update(self, layer: _Layer, terms: Terms, dtype: torch.dtype) -> _Update | None:
+        """None where this dtype is not enough: the squares of some channel overflow, or lose digits to underflow."""
+        weights = layer.parameter
+        means, variances, deviations = _centred(weights, dtype)
+        if dtype != torch.float64:
+            enough = (variances > LEAST[dtype]) & variances.isfinite()
+            if not (enough.all() or (enough | (deviations == 0).all(1, keepdim=True)).all()):
+                return None
+        target_means, target_variances = (
+            layer.target_means.to(weights.device),
+            layer.target_variances.to(weights.device),
+        )
+        size = float(deviations.shape[1])
+        a, b = terms(torch.zeros_like(means), variances, target_means - means, target_variances, size)
+        furthest = (size * variances).sqrt().clamp(min=1.0)  # no weight is further from the mean; and b has to fit too
+        fits = a.abs() + means.abs() + b.abs() * furthest <= torch.finfo(weights.dtype).max
+        ready = usable_mask(means, variances) & usable_mask(target_means, target_variances) & fits
+        return _Update(bool(ready.all()), ready, means, a, b, deviations)
 
 
-def _sums(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ w and √(Σ w²) of each channel, [C], in single precision at least."""
-    rows, dtype = in_memory_order(weights).reshape(len(weights), -1), single(weights.dtype)
-    return rows.sum(1, dtype=dtype), torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
+def _centred(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and variances, float64 [C, 1], and w − μ, [C, n] in memory of its own; measured in `dtype`.
+
+    Counted from the first weight, as `fedwsa.scope` does, so that rounding gives no constant channel a variance.
+    """
+    rows = in_memory_order(weights).reshape(len(weights), -1).to(dtype)
+    first = rows[:, :1]
+    deviations = rows - first
+    shift = deviations.mean(1, keepdim=True)
+    deviations -= shift
+    variances = deviations.square().mean(1, keepdim=True)
+    return first.to(torch.float64) + shift.to(torch.float64), variances.to(torch.float64), deviations
 
 
-def _in_double(layer: _Layer, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """Means [C, 1], a + b (w − μ) [C, n], and which channels are usable [C, 1]; in float64."""
-    weights = layer.parameter
-    means, variances = (each.unsqueeze(1) for each in channel_moments(weights))
-    target_means, target_variances = layer.target_means.unsqueeze(1), layer.target_variances.unsqueeze(1)
-    deviations = weights.to(torch.float64).reshape(len(weights), -1) - means
-    shifted = torch.zeros_like(means), variances, target_means - means, target_variances  # nothing cancels
-    a, b = terms(*shifted, float(deviations.shape[1]))
-    return means, a + b * deviations, usable_mask(means, variances) & layer.usable.unsqueeze(1)
+def _add(target: Tensor, values: Tensor, weights: Tensor) -> None:
+    """Add values [C, n], in the order in which the weights lie, to a tensor of the weights' shape."""
+    values = values.reshape(in_memory_order(weights).shape)
+    target.add_(values.permute(0, 3, 1, 2) if lies_channels_last(weights) else values)

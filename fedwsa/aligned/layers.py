@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedwsa.aligned.units import PART, Held, Report, Terms, gradient_of, in_memory_order, is_written, single
+from fedwsa.aligned.units import LEAST, Held, Report, Terms, gradient_of, in_memory_order, is_written, single
 from fedwsa.divergence import usable
 from fedwsa.scope import WeightScope, moments
 
@@ -114,15 +114,15 @@ class ModelUnit:
 
 
 def _moments(parameters: list[Tensor]) -> Iterator[tuple[float, float]]:
-    """Mean and variance of each, by E[w²] − μ² in its own dtype where |μ| < σ, else in float64, since it would cancel.
+    """Mean and variance of each: in its own dtype, single precision at least, while |μ| < σ, else in float64.
 
-    On the CPU of each when it is its turn, so that its update finds it in the cache. On a card in one transfer, for
-    each of which Python would wait.
+    On the CPU by E[w²] − μ², which would cancel, of each when it is its turn, so that its update finds it in the cache,
+    and half precision in float64. On a card by `var_mean` and in one transfer, for each of which Python would wait.
     """
     if not parameters or parameters[0].is_cpu:
         for weights in parameters:
-            mean, variance = _sums_on_cpu(weights) if weights.dtype in _QUICK else (math.nan, math.nan)
-            yield (mean, variance) if mean * mean < variance < math.inf else moments(weights)
+            mean, variance = _by_sums(weights) if weights.dtype in LEAST else (math.nan, math.nan)
+            yield (mean, variance) if _is_precise(mean, variance, weights) else moments(weights)
         return
     place, numbers = parameters[0].device, []
     for weights in parameters:
@@ -130,13 +130,21 @@ def _moments(parameters: list[Tensor]) -> Iterator[tuple[float, float]]:
         numbers += [mean_of.to(place), variance_of.to(place)]
     found = torch.stack(numbers).tolist()
     for weights, mean, variance in zip(parameters, found[::2], found[1::2], strict=True):
-        yield (mean, variance) if mean * mean < variance < math.inf else moments(weights)
+        yield (mean, variance) if _is_precise(mean, variance, weights) else moments(weights)
 
 
-_QUICK = {torch.float32, torch.float64}  # whose sums the CPU makes precisely enough
+def _is_precise(mean: float, variance: float, weights: Tensor) -> bool:
+    return max(mean * mean, LEAST[single(weights.dtype)]) < variance < math.inf
 
 
-def _sums_on_cpu(weights: Tensor) -> tuple[float, float]:
+PART = 1 << 18
+"""Weights whose squares `_by_sums` adds up in one go.
+
+In float32 that is to 1e-6 of the sum for weights at random; for a layer of ±c alone it may be 1e-4.
+"""
+
+
+def _by_sums(weights: Tensor) -> tuple[float, float]:
     """Mean and variance from Σ w and Σ w²."""
     w = in_memory_order(weights).reshape(-1)
     size = len(w)
@@ -146,12 +154,16 @@ def _sums_on_cpu(weights: Tensor) -> tuple[float, float]:
 
 
 def _pooled(parameters: list[Tensor]) -> tuple[float, float, float]:
-    """Mean, variance and number of all weights; counted from the first mean, so that constant ones have variance 0."""
+    """Mean, variance and number of all weights, as precise as those of its layers in float32, if there are any.
+
+    Counted from the first mean, so that constant ones have variance 0.
+    """
     sizes, found = [float(weights.numel()) for weights in parameters], list(_moments(parameters))
     total, first = sum(sizes), found[0][0]
     shift = sum(size * (mean - first) for size, (mean, _) in zip(sizes, found, strict=True)) / total
-    apart = [variance + (mean - first - shift) ** 2 for mean, variance in found]
-    return first + shift, sum(size * square for size, square in zip(sizes, apart, strict=True)) / total, total
+    apart = [mean - first - shift for mean, _ in found]
+    squares = sum(n * (variance + d * d) for n, (_, variance), d in zip(sizes, found, apart, strict=True))
+    return first + shift, squares / total, total
 
 
 def _rounded(mean: float, weights: Tensor) -> float:
@@ -167,7 +179,7 @@ def _add_gradients(updates: Iterable[Update]) -> None:
     """Add constant + b (w − origin) to each gradient; on a card to all of them in three calls."""
     together = []
     for weights, constant, b, origin, _ in updates:
-        if weights.is_cpu or origin:
+        if weights.is_cpu or origin or weights.dtype not in LEAST:  # half precision would be rounded at each call
             gradient_of(weights).add_(weights - origin if origin else weights, alpha=b).add_(constant)
         else:
             together.append((weights, constant, b))
@@ -187,10 +199,11 @@ def _move(updates: Iterable[Update]) -> None:
     together = []
     for weights, constant, b, origin, anchor in updates:
         t = 1 - b
-        if not (weights.is_cpu or origin):
+        if not (weights.is_cpu or origin or weights.dtype not in LEAST):
             together.append((weights, constant, b))
         elif not origin and 0 < abs(t) < 0.5 and abs(constant / t) <= torch.finfo(weights.dtype).max:
-            place = anchor if anchor.is_cpu else weights.new_empty(())
+            alike = anchor.device == weights.device and anchor.dtype == weights.dtype
+            place = anchor if alike else weights.new_empty(())
             weights.lerp_(place.fill_(constant / t), t)
         else:
             if origin:

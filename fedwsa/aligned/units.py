@@ -16,8 +16,8 @@ Report = Callable[[list[str]], None]
 Held = set[int] | None
 """Ids of the parameters that are to be written; None: all. Frozen parameters never are."""
 
-PART = 1 << 18
-"""Weights whose squares the CPU adds up in one go, in float32 to 1e-6 of their sum; ten times as many lose a digit."""
+LEAST = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+"""Variances below which the squares of some weights lose digits to underflow, by the dtype that they are made in."""
 
 
 class Units(Protocol):
@@ -46,11 +46,14 @@ def gradient_of(weights: Tensor) -> Tensor:
     return weights.grad
 
 
+def lies_channels_last(weights: Tensor) -> bool:
+    """Tell whether they are, or may be, in the order [out, height, width, in]."""
+    return weights.ndim == 4 and not weights.is_contiguous()
+
+
 def in_memory_order(weights: Tensor) -> Tensor:
     """The weights with the dimensions in the order in which they lie: only then does flattening copy nothing."""
-    if weights.ndim == 4 and not weights.is_contiguous():
-        return weights.permute(0, 2, 3, 1)  # back from channels last
-    return weights
+    return weights.permute(0, 2, 3, 1) if lies_channels_last(weights) else weights
 
 
 def single(dtype: torch.dtype) -> torch.dtype:
