@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
+from experiments.results import split_without_alpha
 from fedwsa.config import Config
 
 Event = dict[str, Any]
@@ -54,7 +55,8 @@ class Display:
 
     def begin(self, config: Config) -> None:
         """Events from now on are of this federation."""
-        self.prefix = f"α = {config.alpha[0]:g}, seed {config.seed[0]}: " if self.several else ""
+        split = split_without_alpha(config.to_run_config()) or f"α = {config.alpha[0]:g}"
+        self.prefix = f"{split}, seed {config.seed[0]}: " if self.several else ""
         for name, task in self.tasks.items():
             self.completed[name] = 0
             self.progress.reset(task, description=f"{self.prefix}{name}", accuracy="")

@@ -1,5 +1,6 @@
 """What the README shows is run, or held against what is run elsewhere."""
 
+import os
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def test_python_in_the_readme_runs(number: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
         cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=100,
@@ -29,7 +31,7 @@ def test_python_in_the_readme_runs(number: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     if "print" in code:
         assert re.fullmatch(r"test accuracy after 3 rounds: \d+\.\d%\n", done.stdout)
-        assert (tmp_path / "demo" / "fedavg-wsa" / "final.safetensors").exists()
+        assert len(list(tmp_path.glob("*/fedavg-wsa/final.safetensors"))) == 1
 
 
 def test_python_in_the_readme_is_all_run() -> None:
