@@ -157,7 +157,7 @@ def report(
     FOLDER: a run folder, finished or not.
     """
     if picture is not None:
-        _check_place("--picture", picture)
+        _picture_format(picture, "--picture", ("svg",))
     from experiments.report import write_accuracy, write_report
 
     with _plainly(folder / "report.html"):
@@ -268,12 +268,12 @@ def _value(text: str) -> Any:
     return value if isinstance(value, bool | int | float | str | list | dict) else text
 
 
-def _picture_format(out: Path) -> str:
-    """ "svg" or "png", as the name says; where it cannot be written, that is said before the work."""
-    form = out.suffix.lower().removeprefix(".")
-    if form not in ("svg", "png"):
-        raise UsageError(f"--out {out}: allowed is a name that ends in .svg or .png")
-    _check_place("--out", out)
+def _picture_format(picture: Path, option: str = "--out", forms: tuple[str, ...] = ("svg", "png")) -> str:
+    """One of the forms, as the name says; where it cannot be written, that is said before the work."""
+    form = picture.suffix.lower().removeprefix(".")
+    if form not in forms:
+        raise UsageError(f"{option} {picture}: allowed is a name that ends in .{' or .'.join(forms)}")
+    _check_place(option, picture)
     return form
 
 

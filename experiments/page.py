@@ -106,14 +106,14 @@ Accuracy of the global model on the server's test split{% if server.test %} of {
 <p>How far apart the clients' weights lie when they are averaged: for each layer,
 <span class="formula">Σ<sub>k</sub> p<sub>k</sub> KL(client k ‖ fused)</span> in nats. Every client's layer counts as a
 Gaussian with the mean and variance of its weights, p<sub>k</sub> is the client's share in the average, and 0 means that
-all clients of the round returned the same scope.</p>
+all clients of the round returned the same scope; a round in which fewer than two replies could be used has none.</p>
 {% if scope %}
 {% call figure(scope, "Scope distance by layer and round") %}
 Lower is better aligned.
 {%- if run.seeds|length > 1 %} At each round it is the mean over the seeds that have a value there.{% endif %}
 {% endcall %}
 {% else %}
-<p>No client sent a scope.</p>
+<p>In no round two clients sent a scope.</p>
 {% endif %}
 
 <h2>What averaging does</h2>
@@ -170,7 +170,11 @@ NP-Merge is not part of this run, and no barrier was measured: nothing of ours u
 <p>The server holds no samples to learn from.</p>
 {% endif %}
 {{ table(given) }}
-<p class="note">Beyond that, every strategy met the same partition, the same initial model and the same cohorts.
+<p class="note">Beyond that, every strategy{% if run.uses("central") %} but central{% endif %} met the same partition, \
+the same initial model and the same cohorts.
+{%- if run.uses("central") %} central began with the same model and trained on the samples of all clients in one place,
+with no cohort: no federation, but what one may be measured against.{% endif %}
+{%- if run.uses("local-only") %} With local-only nothing is combined: each client goes on with its own model.{% endif %}
 {%- if server.test %} The {{ "{:,}".format(server.test) }} test samples were used to evaluate and for nothing else.\
 {% endif %}</p>
 

@@ -16,12 +16,14 @@ PHASES = {"train": "training", "evaluate-clients": "evaluation on clients"}
 
 
 def write_report(run_dir: Path) -> Path:
-    """Draw `run_dir/report.html` from the files of a run, finished or not; the same files give the same bytes."""
+    """Draw `run_dir/report.html` from the files of a run, finished or not.
+
+    The same files give the same bytes, but for `run_dir` in the command to repeat the run, which is as it is given.
+    """
     from jinja2 import Environment, StrictUndefined  # comes with torch
     from markupsafe import Markup
 
     run = read_run(run_dir)
-    folder = run_dir.resolve()
     panels = round_figures.shown_panels(run)
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = template.from_string(TEMPLATE).render(
@@ -44,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
         np_merge=run.uses("np-merge"),
         given=_given(run),
         failures=_failures(run),
-        command=f"fedwsa run {shlex.quote(f'{folder.parent.name}/{folder.name}/config.toml')}",
+        command=f"fedwsa run {shlex.quote(str(run_dir / 'config.toml'))}",
         models=_models(run),
         config=(run_dir / "config.toml").read_text(encoding="utf-8"),
     )
@@ -54,9 +56,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_accuracy(run_dir: Path, picture: Path) -> None:
-    """Write the report's figure of accuracy by round by itself, as an .svg; ValueError before the first evaluation."""
-    if picture.suffix != ".svg":
-        raise ValueError(f"{picture}: allowed is a name that ends in .svg")
+    """Write the report's figure of accuracy by round by itself, as SVG; ValueError before the first evaluation."""
     svg = figures.accuracy_figure(read_run(run_dir))
     if svg is None:
         raise ValueError(f"{run_dir}: no evaluation to draw yet")
@@ -82,9 +82,13 @@ def _what_was_run(run: Run) -> str:
         split = "IID partition" if fixed == "IID" else f"partition {fixed}"
     seeds = ("seed " if len(run.seeds) == 1 else "seeds ") + _enumerate([str(seed) for seed in run.seeds])
     return (
-        f"{_enumerate(run.strategies)} on {known['data']}: {known['num-clients']} clients ({split}), {known['cohort']} "
-        f"of them a round, {known['rounds']} rounds, model {known['model']}, {seeds}."
+        f"{_enumerate(run.strategies)} on {known['data']}: {_counted(known['num-clients'], 'client')} ({split}), "
+        f"{known['cohort']} of them a round, {_counted(known['rounds'], 'round')}, model {known['model']}, {seeds}."
     )
+
+
+def _counted(number: Any, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _enumerate(names: Sequence[str]) -> str:

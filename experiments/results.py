@@ -28,7 +28,7 @@ class Summary:
     server evaluation (not the best one) and the mean of the last five, among which the model before training, round 0,
     counts only if it is the sole one. rounds_to_target: the first evaluated round at or above the target, None if none
     is. seconds, bytes_down, bytes_up: summed over all phases. scope_distance: nats, the last round's sum over layers;
-    None if no client sent a scope then or a layer's distance is not finite.
+    None if there were no two clients' scopes then or a layer's distance is not finite.
     """
 
     alpha: float
@@ -52,6 +52,12 @@ class StrategyResult:
 
     events: tuple[Event, ...]
     summary: Summary | None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss of the last server evaluation is not finite: null, or NaN as older runs wrote it."""
+        losses = {e["round"]: e["metrics"].get("loss", 0.0) for e in self.events if e["phase"] == "evaluate-server"}
+        return bool(losses) and not math.isfinite(_number(losses[max(losses)]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +165,8 @@ def server_accuracy(events: Sequence[Event]) -> dict[int, float]:
 
 
 def scope_distances(events: Sequence[Event]) -> dict[int, dict[str, float]]:
-    """Round → layer → Σ_k p_k KL(client k ‖ fused) in nats; rounds without a scope are left out."""
-    return layer_numbers(events, "scope_distance")
+    """Round → layer → Σ_k p_k KL(client k ‖ fused) in nats; see `between_clients`."""
+    return between_clients(events, "scope_distance")
 
 
 def train_metric(events: Sequence[Event], key: str) -> dict[int, float]:
@@ -173,6 +179,11 @@ def layer_numbers(events: Sequence[Event], key: str) -> dict[int, dict[str, floa
     """Round → layer → a number that training recorded by layer, NaN for null; rounds without it are left out."""
     trained = [event for event in events if event["phase"] == "train" and event.get(key)]
     return {e["round"]: dict(zip(e["layers"], map(_number, e[key]), strict=True)) for e in trained}
+
+
+def between_clients(events: Sequence[Event], key: str) -> dict[int, dict[str, float]]:
+    """`layer_numbers` of a difference between clients; left out too where fewer than two replies could be used."""
+    return layer_numbers([e for e in events if e.get("num_clients", 2) - e.get("num_failed", 0) >= 2], key)
 
 
 def summarize(

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from experiments import figures
-from experiments.results import Event, Run, layer_numbers, train_metric
+from experiments.results import Event, Run, between_clients, train_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,12 +21,12 @@ Read = Callable[[Sequence[Event]], figures.Series]
 
 def mean_spread(events: Sequence[Event]) -> dict[int, float]:
     """Round → mean over layers of the standard deviation of the clients' μ."""
-    return {r: statistics.fmean(by.values()) for r, by in layer_numbers(events, "scope_mean_spread").items()}
+    return {r: statistics.fmean(by.values()) for r, by in between_clients(events, "scope_mean_spread").items()}
 
 
 def std_spread(events: Sequence[Event]) -> dict[int, float]:
     """Round → mean over layers of the standard deviation of the clients' σ."""
-    return {r: statistics.fmean(by.values()) for r, by in layer_numbers(events, "scope_std_spread").items()}
+    return {r: statistics.fmean(by.values()) for r, by in between_clients(events, "scope_std_spread").items()}
 
 
 def target_distance(events: Sequence[Event]) -> dict[int, float]:
@@ -44,6 +46,7 @@ class Panel:
     missing: str
 
 
+LOST_SHOWN = (-1, 2)  # of a share; a single round of −80 would make a flat line of all others
 COSINE = Panel(
     "cosine between updates",
     "cosine",
@@ -72,7 +75,7 @@ LOST = Panel(
     "share lost",
     lambda events: train_metric(events, "improvement-lost"),
     "the barrier as a part of what the clients gained; rounds in which that is a thousandth of the loss or less have "
-    "none",
+    f"none, and what lies below −{-LOST_SHOWN[0]} or above {LOST_SHOWN[1]} is drawn at that edge",
     "in no measured round the clients gained more than a thousandth of the loss on the server's samples",
 )
 MEAN_SPREAD = Panel(
@@ -80,7 +83,7 @@ MEAN_SPREAD = Panel(
     "spread of μ",
     mean_spread,
     "standard deviation over clients of the mean of a layer's weights, mean over layers",
-    "no client sent a scope",
+    "in no round two clients sent a scope",
 )
 STD_SPREAD = Panel(
     "spread of σ",
@@ -123,6 +126,8 @@ def averaging_figure(run: Run, alpha: float) -> str | None:
             for index, (name, seeds) in enumerate(by_name.items()):
                 figures.draw_seeds(axes, seeds, index, name, lines)
             _show_zero(axes)
+            if title == LOST.title:
+                _keep_within(axes, *LOST_SHOWN)
             axes.set_title(title if len(run.alphas) == 1 else f"{title}, {run.split(alpha)}")
             axes.set_xlabel("round")
         figures.legend(figure, lines, run)
@@ -160,6 +165,15 @@ def _show_zero(axes: "Axes") -> None:
         axes.set_ylim(bottom=0)
     else:
         axes.axhline(0, color=figures.MUTED, linewidth=0.8)
+
+
+def _keep_within(axes: "Axes", low: float, high: float) -> None:
+    """Draw lines that leave this range at its edge, a little of which is left free; bands are cut off there."""
+    for line in axes.lines:
+        line.set_ydata(np.clip(line.get_ydata(), low, high))
+    bottom, top = axes.get_ylim()
+    free = 0.03 * (high - low)
+    axes.set_ylim(max(bottom, low - free), min(top, high + free))
 
 
 def _panels(number: int) -> "tuple[Figure, list[Axes]]":

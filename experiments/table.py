@@ -13,6 +13,7 @@ from experiments.results import Run, Summary, mean_interval, paired_differences
 
 NONE = "–"
 NOT_FINISHED = "not finished"
+NOT_FINITE = "loss not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ def difference_cells(run: Run) -> Cells | None:
     if len(run.seeds) == 1 or not differences:
         return None
     baseline, *others = run.strategies
+    but = ", of which central has none" if run.uses("central") else ""
     rows = []
     for strategy in others:
         found = [differences.get((strategy, alpha)) for alpha in run.alphas]
@@ -46,7 +48,7 @@ def difference_cells(run: Run) -> Cells | None:
         ("strategy", *(run.split(alpha) for alpha in run.alphas)),
         tuple(rows),
         f"Mean difference ± half width of its 95 % t interval over {len(run.seeds)} seeds. Differences are taken seed "
-        "by seed: same partition, same start, same cohorts. Not corrected for the number of comparisons.",
+        f"by seed: same partition, same start, same cohorts{but}. Not corrected for the number of comparisons.",
     )
 
 
@@ -93,17 +95,19 @@ def decimal_column(values: Sequence[float | None]) -> list[str]:
 
 def _one_federation(run: Run) -> Cells:
     federation = run.federations[0]
-    found = [federation.results[name].summary for name in run.strategies]
+    results = [federation.results[name] for name in run.strategies]
+    found = [result.summary for result in results]
     costs = zip(*_costs([[summary] if summary else [] for summary in found]), strict=True)
     rows = []
-    for name, summary, cost in zip(run.strategies, found, costs, strict=True):
-        if summary is None:
+    for name, result, cost in zip(run.strategies, results, costs, strict=True):
+        if (summary := result.summary) is None:
             rows.append((name, NOT_FINISHED, NONE, NONE, *cost, NONE))
             continue
         reached = NONE if summary.rounds_to_target is None else str(summary.rounds_to_target)
         distance = NONE if summary.scope_distance is None else f"{summary.scope_distance:.3g}"
-        accuracies = (f"{100 * value:.1f}" for value in (summary.final_accuracy, summary.last5_accuracy))
-        rows.append((name, *accuracies, reached, *cost, distance))
+        final, last5 = (f"{100 * value:.1f}" for value in (summary.final_accuracy, summary.last5_accuracy))
+        final += f" ({NOT_FINITE})" if result.diverged else ""
+        rows.append((name, final, last5, reached, *cost, distance))
     target = run.config.get("target-accuracy")
     return Cells(
         f"{run.name}: {run.split(federation.alpha)}, seed {federation.seed}",
@@ -118,7 +122,8 @@ def _one_federation(run: Run) -> Cells:
             "scope distance (nats)",
         ),
         tuple(rows),
-        f"{_whose(run)} Scope distance: last round, summed over layers. 1 MB = 10⁶ bytes of payload.",
+        f"{_whose(run)} Scope distance: last round, summed over layers; a single client has none. 1 MB = 10⁶ bytes of "
+        "payload.",
     )
 
 
@@ -127,9 +132,7 @@ def _many_federations(run: Run) -> Cells:
     costs = zip(*_costs([run.summaries(name) for name in run.strategies]), strict=True)
     rows = []
     for name, cost in zip(run.strategies, costs, strict=True):
-        accuracies = [[s.final_accuracy for s in run.summaries(name, alpha)] for alpha in run.alphas]
-        cells = [_plus_minus(*mean_interval(a), len(a), seeds) if a else NOT_FINISHED for a in accuracies]
-        rows.append((name, *cells, *cost))
+        rows.append((name, *(_accuracy_cell(run, name, alpha) for alpha in run.alphas), *cost))
     over = f"mean ± half width of the 95 % t interval over n = {seeds} seeds" if seeds > 1 else f"seed {run.seeds[0]}"
     return Cells(
         f"{run.name}: final accuracy (%), {over}",
@@ -139,10 +142,23 @@ def _many_federations(run: Run) -> Cells:
     )
 
 
+def _accuracy_cell(run: Run, strategy: str, alpha: float) -> str:
+    """Final accuracy over the finished seeds, and how many of them have diverged."""
+    finished = [result for result in run.results(alpha, strategy) if result.summary]
+    if not finished:
+        return NOT_FINISHED
+    values = [summary.final_accuracy for summary in run.summaries(strategy, alpha)]
+    cell = _plus_minus(*mean_interval(values), len(values), len(run.seeds))
+    diverged = sum(result.diverged for result in finished)
+    return f"{cell} ({NOT_FINITE} in {diverged} of {len(finished)})" if diverged else cell
+
+
 def _whose(run: Run) -> str:
-    """What the accuracy is of."""
+    """What the accuracy is of, and what was trained otherwise than by cohorts."""
     own = "; of local-only the mean over the clients' own models" if run.uses("local-only") else ""
     of = f"Accuracy of the global model on the test split, after the last round and not at its best{own}."
+    if run.uses("central"):
+        of += " central trains on all clients' samples in one place and has no cohort."
     if (policy := run.config.get("batch-norm", "aggregate")) != "aggregate":
         of += f' With batch-norm = "{policy}" clients use other models: their own accuracy is in metrics.jsonl.'
     return of

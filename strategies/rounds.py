@@ -131,6 +131,7 @@ class Rounds:
         self._record(event)
 
     def _record(self, event: Event) -> None:
+        event = {**event, "metrics": {key: _known(value) for key, value in event["metrics"].items()}}
         with span("record"):
             self.folder.record(event)
             self.notify(self.name, event)
@@ -153,5 +154,5 @@ def _of_test_split(metrics: MetricRecord) -> Event | None:
 
 
 def _known(number: float) -> float | None:
-    """JSON has no NaN: null where a layer has no such number."""
+    """JSON has no NaN: null where a number is not finite, as a diverged model's loss, or a layer has none."""
     return number if math.isfinite(number) else None

@@ -1,9 +1,11 @@
 """The server's evaluation on the test split: the same numbers here and on the workers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from federations import DIGITS, client_app, grid_of, tiny
+from federations import DIGITS, client_app, grid_of, run, tiny
 from flwr.clientapp import ClientApp
 
 from fedwsa import data, models
@@ -59,6 +61,19 @@ def test_a_small_test_split_stays_here(model, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH", 359)
     test, _ = make(client_app, model)
     assert test.grid is None
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_events(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 359)  # here, not by the workers
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: (float("nan"), 0.1))
+    config, heard = tiny(strategies=("fedavg",), rounds=1), []
+    run(config, tmp_path, events=heard)
+    text = (tmp_path / "fedavg" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    events = [json.loads(line) for line in text.splitlines()]
+    assert events == [event for _, event in heard]
+    found = [event["metrics"] for event in events if event["phase"] == "evaluate-server"]
+    assert found == [{"loss": None, "accuracy": 0.1}] * 2
 
 
 def test_parts_of_the_test_split_are_its_parts():

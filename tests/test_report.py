@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import figures
+from experiments import cli, figures
 from experiments.figures import accuracy_figure, partition_figure, scope_figure
 from experiments.report import write_report
 from experiments.results import read_run, summarize
 from experiments.table import difference_cells, summary_cells
+from fedwsa.errors import UsageError
 
 STRATEGIES = ("fedavg", "fedavg-wsa", "np-merge")
 MLP = ("f1.weight", "f2.weight", "head.weight")
@@ -220,7 +222,8 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 def test_drawing_again_gives_the_same_bytes_wherever_the_run_lies(one: Path, tmp_path: Path) -> None:
     first = (one / "report.html").read_bytes()
     assert write_report(one).read_bytes() == first
-    assert write_report(fake_run(tmp_path / "runs" / "main")).read_bytes() == first
+    elsewhere = write_report(fake_run(tmp_path / "runs" / "main"))
+    assert elsewhere.read_text().replace(str(elsewhere.parent), str(one)).encode() == first
     assert sorted(path.name for path in one.iterdir() if path.is_file()) == [
         "config.toml",
         "metrics.jsonl",
@@ -238,9 +241,56 @@ def test_the_report_says_what_was_run_and_how_to_repeat_it(one: Path) -> None:
     )
     assert "No client failed in any round that was logged." in paragraphs
     command, config = page.of("pre")
-    assert command == "fedwsa run runs/main/config.toml"
+    assert command == f"fedwsa run {one}/config.toml"
     assert config == (one / "config.toml").read_text().strip()
     assert all(s.model_sha256 in page.of("td") for name in STRATEGIES for s in read_run(one).summaries(name))
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("mine", "mine/config.toml"), ("../work/mine", "../work/mine/config.toml"), ("a b", "'a b/config.toml'")],
+)
+def test_the_command_to_repeat_has_the_folder_as_it_was_given(
+    given: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    command, _ = page_of(fake_run(Path(given), rounds=1)).of("pre")
+    assert command == f"fedwsa run {named}"
+    _, _, file = shlex.split(command)
+    assert Path(file).is_file()
+
+
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    lead, *_ = page_of(fake_run(tmp_path / "run", strategies=("fedavg",), clients=1, rounds=1)).of("p")
+    assert lead == (
+        "fedavg on digits: 1 client (Dirichlet partition, α = 0.1), 0 of them a round, 1 round, model mlp, seed 0."
+    )
+
+
+@pytest.mark.parametrize("name", ["central", "central-wsa", "local-only", "np-merge"])
+def test_what_is_trained_otherwise_than_by_cohorts_is_said(name: str, tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", strategies=("fedavg", name), seeds=(0, 1), rounds=1)
+    page = " ".join(page_of(folder).of("p")).replace("\n", " ")
+    central = name.startswith("central")
+    every = "every strategy but central met" if central else "every strategy met"
+    assert f"Beyond that, {every} the same partition, the same initial model and the same cohorts." in page
+    assert (
+        "central began with the same model and trained on the samples of all clients in one place" in page
+    ) == central
+    assert ("With local-only nothing is combined" in page) == (name == "local-only")
+    assert ("same cohorts, of which central has none." in page) == central
+    for note in (page, summary_cells(read_run(folder)).note):
+        assert ("central trains on all clients' samples in one place and has no cohort." in note) == central
+
+
+def test_a_picture_of_another_form_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path / "run", rounds=1)
+    with pytest.raises(UsageError, match=r"^--picture .*/x\.png: allowed is a name that ends in \.svg$"):
+        cli.report(folder, tmp_path / "x.png")
+    assert not (folder / "report.html").exists()
+    cli.report(folder, tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").read_text().startswith("<svg")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +346,9 @@ def test_a_run_that_has_only_a_config_has_a_report(one: Path, tmp_path: Path) ->
     (tmp_path / "config.toml").write_bytes((one / "config.toml").read_bytes())
     page = page_of(tmp_path)
     assert page.of("li") == [f"{name}: round none of 30" for name in STRATEGIES]
-    assert {"No evaluation yet.", "No client sent a scope.", "No partition was drawn yet."} <= set(page.of("p"))
+    assert {"No evaluation yet.", "In no round two clients sent a scope.", "No partition was drawn yet."} <= set(
+        page.of("p")
+    )
     assert "svg" not in page.tags
 
 

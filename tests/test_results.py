@@ -176,6 +176,13 @@ def test_scope_distance_is_of_the_last_round_or_none(last_train: dict[str, Any],
     assert summed_up(tmp_path, events).scope_distance is None
 
 
+@pytest.mark.parametrize(("sent", "failed", "distance"), [(2, 1, None), (1, 0, None), (3, 1, 0.0)])
+def test_one_client_has_no_scope_distance(sent: int, failed: int, distance: float | None, tmp_path: Path) -> None:
+    train = {"round": 1, "phase": "train", "num_clients": sent, "num_failed": failed}
+    events = [{**train, "layers": ["a"], "scope_distance": [0.0]}, evaluation(1, 0.5)]
+    assert summed_up(tmp_path, events).scope_distance == distance
+
+
 def test_without_a_server_evaluation_there_is_no_summary(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no server evaluation"):
         summed_up(tmp_path, [{"round": 1, "phase": "train"}])
@@ -304,6 +311,21 @@ def test_a_table_says_where_clients_use_other_models_than_the_one_it_is_of(polic
     if policy:
         (folder / "config.toml").write_text(f'batch-norm = "{policy}"\n' + (folder / "config.toml").read_text())
     assert ("their own accuracy is in metrics.jsonl" in summary_cells(read_run(folder)).note) == (policy == "local")
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf, 2.0])
+def test_a_loss_that_is_not_finite_is_said_beside_the_accuracy(loss: float | None, seeds: int, tmp_path: Path) -> None:
+    written = [summary("fedavg", 0.1, seed=seed) for seed in range(seeds)]
+    folder = write_run(tmp_path / "run", written, ["fedavg"], "0.1", str(list(range(seeds))))
+    for seed in range(seeds):
+        part = folder / f"alpha-0.1_seed-{seed}" if seeds > 1 else folder
+        losses = {0: 2.0, 1: math.nan, 2: loss if seed == 0 else 2.0}  # that of the last round counts
+        events = [{**evaluation(r, 0.1), "metrics": {"loss": each, "accuracy": 0.1}} for r, each in losses.items()]
+        write_lines(part / "fedavg" / "metrics.jsonl", events)
+    ((_, final, *_),) = summary_cells(read_run(folder)).rows
+    accuracy, words = ("10.0", "loss not finite") if seeds == 1 else ("10.0 ± 0.0", "loss not finite in 1 of 3")
+    assert final == (accuracy if loss == 2.0 else f"{accuracy} ({words})")
 
 
 def test_several_federations_have_a_column_an_alpha(tmp_path: Path) -> None:

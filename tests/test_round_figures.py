@@ -12,7 +12,7 @@ from test_report import STRATEGIES, fake_run, page_of, svg_texts
 
 from experiments import figures
 from experiments.results import layer_numbers, read_run, train_metric
-from experiments.round_figures import NORM, PANELS, averaging_figure, std_spread, target_distance
+from experiments.round_figures import LOST, NORM, PANELS, averaging_figure, mean_spread, std_spread, target_distance
 
 METRICS = {"update-cosine": 0.1, "update-norm": 2.0, "round-barrier": -0.5, "improvement-lost": -0.25}
 
@@ -68,6 +68,25 @@ def test_zero_is_drawn_where_something_lies_below_it(tmp_path, monkeypatch):
         "spread of σ": 1,
         "distance to the target (nats)": 1,
     }
+
+
+def test_a_share_far_outside_is_drawn_at_the_edge(tmp_path, monkeypatch):
+    folder = measured(tmp_path / "run", every=1, strategies=("fedavg",))
+    log, shares = folder / "fedavg" / "metrics.jsonl", [0.5, -80.0, -1.0, 0.25, 7.0, 2.0]
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    for event in events:
+        if event["phase"] == "train":
+            event["metrics"] |= {"improvement-lost": shares[event["round"] - 1], "round-barrier": -80.0}
+    log.write_text("".join(json.dumps(event) + "\n" for event in events))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.append(figure) or "")
+    averaging_figure(read_run(folder), 0.1)
+    by_title = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
+    lost, barrier = by_title[LOST.title], by_title["barrier of the round (nats)"]
+    assert lost.lines[0].get_ydata().tolist() == [0.5, -1, -1, 0.25, 2, 2]
+    assert -1.2 < lost.get_ylim()[0] < -1 < 2 < lost.get_ylim()[1] < 2.2
+    assert barrier.lines[0].get_ydata().tolist() == [-80] * 6  # of nothing else
+    assert "what lies below −1 or above 2 is drawn at that edge" in LOST.meaning
 
 
 def test_a_run_without_measures_has_what_the_scopes_say_alone(tmp_path):
@@ -158,7 +177,7 @@ def test_without_a_measured_round_only_what_scopes_say_is_defined(every, tmp_pat
         (
             ["scope_mean_spread", "scope_std_spread"],
             {"Spread of μ", "Spread of σ"},
-            "spread of μ, spread of σ (no client sent a scope).",
+            "spread of μ, spread of σ (in no round two clients sent a scope).",
         ),
     ],
     ids=["no share", "no barrier", "no cosine", "two reasons", "no scope"],
@@ -213,6 +232,13 @@ def test_what_is_read_from_events():
     assert std_spread(events) == {1: 2.0}
     assert layer_numbers(events, "layer_update_norms") == {2: {"a": pytest.approx(float("nan"), nan_ok=True)}}
     assert NORM.read(events) == {2: 5.0}
+
+
+@pytest.mark.parametrize("read", [mean_spread, std_spread])
+def test_one_client_has_no_spread(read):
+    event = {"phase": "train", "metrics": {}, "layers": ["a"], "scope_mean_spread": [0.5], "scope_std_spread": [0.5]}
+    events = [{**event, "round": r, "num_clients": 2, "num_failed": r % 2} for r in (1, 2)]
+    assert read(events) == {2: 0.5}
 
 
 def test_distance_to_the_target_is_read_whatever_is_aligned():
