@@ -73,17 +73,27 @@ def federation(config: Config) -> FederatedData:
         raise ValueError(
             f"partitioner {config.partitioner!r} made {len(parts)} parts; allowed is num-clients = {config.num_clients}"
         )
-    smallest = min(range(len(parts)), key=lambda client: len(parts[client]))
-    if len(parts[smallest]) < config.min_size:
-        pool = len(dataset.train_labels) - len(server)
-        raise ValueError(
-            f"client {smallest} would hold {len(parts[smallest])} of {pool} samples, "
-            f"min-size = {config.min_size}; "
-            f"allowed are fewer clients than {config.num_clients} or a smaller min-size"
-        )
+    _check_sizes(config, [len(part) for part in parts], len(dataset.train_labels) - len(server))
     split = [_validation_split(config, client, part) for client, part in enumerate(parts)]
     training, validation = [kept for kept, _ in split], [held for _, held in split]
     return FederatedData(dataset, server, training, validation, parts, made_by, _shift(config))
+
+
+def _check_sizes(config: Config, sizes: list[int], pool: int) -> None:
+    """ValueError if a client holds less than `min-size` of the `pool` samples that the server has not."""
+    size = min(sizes)
+    if size >= config.min_size:
+        return
+    if config.partition_file:
+        who, remedy = config.partition_file, "allowed is another file"
+    else:
+        who = f"partitioner {config.partitioner!r}"
+        remedy = f"allowed are fewer clients than {config.num_clients} or another partitioner"
+    smaller = ", or a smaller min-size" if size > 0 else ""  # there is no min-size of 0
+    raise ValueError(
+        f"{who}: client {sizes.index(size)} would hold {size} of {pool} samples, min-size = {config.min_size}; "
+        f"{remedy}{smaller}"
+    )
 
 
 def _shift(config: Config) -> FeatureShift | None:
@@ -102,7 +112,8 @@ def _partition(config: Config, dataset: data.Dataset) -> tuple[Indices, list[Ind
     labels, seed = dataset.train_labels, config.seed[0]
     if config.partition_file:
         sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
-        found = stored.read(Path(config.partition_file), labels, **sizes)
+        digest = config.partition_sha256
+        found = stored.read(Path(config.partition_file), labels, **sizes, sha256=digest)
         return found.server, found.clients, found.made_by
     server, pool = data.held_out(config, labels)
     partitioner: Callable[..., list[Indices]] = lookup(partitions.PARTITIONERS, config.partitioner, "partitioner")

@@ -93,7 +93,7 @@ def compare(
 
 def _state(model: nn.Module, name: str, path: Path) -> State:
     """The file's tensors in the model's order, which alignment reads, and in its types."""
-    weights.fill(model, name, weights.read(path), str(path))
+    weights.fill(model, name, weights.read(path), str(path), "--model names the architecture of A and B")
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 

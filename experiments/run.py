@@ -44,7 +44,7 @@ from fedwsa.run_folder import (
     write_atomically,
 )
 from fedwsa.simulation import open_engine, simulate
-from strategies.server_app import make_app
+from strategies.server_app import make_app, pinned
 from strategies.wsa import aligned_with
 
 TRACE = "trace.json"
@@ -64,7 +64,7 @@ def start(config: Config, console: Console, *, profile: bool = False) -> Path:
     profile: also show where the time went, and write it to the folder's trace.json.
     """
     check(config)
-    config = weights.pinned(config)
+    config = pinned(config)
     folder = new_folder(config)
     _check_new(folder)
     with _claimed(folder):
@@ -259,10 +259,7 @@ def _is_finished(one: Config, part: Path) -> bool:
 
 
 def _write_partition(config: Config, path: Path) -> None:
-    content = partition_json(federation(config))
-    if config.partition_file and path.exists() and path.read_bytes() != content:
-        raise UsageError(f"{config.partition_file}: changed since the run began; what it held then is in {path}")
-    write_atomically(path, content)
+    write_atomically(path, partition_json(federation(config)))
 
 
 def _summarize(config: Config, folder: Path, part: Path) -> None:

@@ -43,6 +43,7 @@ class ConfigError(UsageError):
 ALIGNED = "-wsa"  # behind any strategy's name: with weight scope alignment around it
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Digest = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty")]
 Initialisation = Literal[
     "default", "kaiming-normal", "kaiming-uniform", "xavier-normal", "xavier-uniform", "orthogonal"
 ]
@@ -76,6 +77,7 @@ class Config(Section):
     beta: Positive = 0.5  # quantity_skew: sizes ~ Dir(β)
     size_sigma: NonNegative = 0.0  # quantity_skew: if > 0, sizes are log-normal with this σ of their logarithm instead
     partition_file: str = ""  # to read instead: a partition.json of `fedwsa partition` or a run; empty: none
+    partition_sha256: Digest = ""  # of who holds what by that file, `partitions.stored.sha256`; a run fills it in
     server_samples: Annotated[int, Field(ge=0)] = 100  # held out from every client
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of each client's samples
 
@@ -84,9 +86,7 @@ class Config(Section):
     norm: Literal["batch", "group"] = "batch"  # of the residual networks
     init: Initialisation = "default"  # of the weights; default: as the model itself begins
     initial_model: str = ""  # a safetensors file to begin with, e.g. a run's final.safetensors; empty: none
-    initial_model_sha256: Annotated[
-        str, Field(pattern=r"^([0-9a-f]{64})?$", description="64 hexadecimal digits, or empty")
-    ] = ""  # that the file must have; a run fills it in
+    initial_model_sha256: Digest = ""  # that the file must have; a run fills it in
     batch_norm: Literal["aggregate", "local", "local-statistics"] = "aggregate"  # what stays with the clients
     seed: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(min_length=1)] = (0,)
 
@@ -155,6 +155,13 @@ class Config(Section):
         if self.initial_model_sha256 and not self.initial_model:
             line = "initial-model-sha256: without an initial-model it means nothing; allowed is empty"
             yield {"initial-model-sha256", "initial-model"}, line
+        if self.partition_sha256 and not self.partition_file:
+            line = "partition-sha256: without a partition-file it means nothing; allowed is empty"
+            yield {"partition-sha256", "partition-file"}, line
+        unused = type(self).model_fields["shift_strength"].default
+        if not self.feature_shift and self.shift_strength != unused:
+            line = f"shift-strength = {self.shift_strength}: without a feature-shift it means nothing; "
+            yield {"shift-strength", "feature-shift"}, f"{line}allowed is {unused}"
         if self.partition_file and len(self.alpha) > 1:
             line = f"alpha = {shown(self.alpha)}: with a partition-file it decides nothing; allowed is one value"
             yield {"alpha", "partition-file"}, line

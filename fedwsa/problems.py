@@ -32,17 +32,19 @@ def problems(error: ValidationError, model: type[BaseModel], wrong: Collection[s
             continue
         keys.add(location[0])
         if problem["type"] == "extra_forbidden":
-            lines.append(_unknown(key, schemas))
+            lines.append(_unknown(key, problem["input"], schemas))
         else:
             lines.append(f"{key} = {shown(problem['input'])}: allowed is {_allowed(schemas[key])}")
     return lines, keys
 
 
-def _unknown(key: str, schemas: Iterable[str]) -> str:
-    section = key.rpartition(".")[0]
+def _unknown(key: str, value: Any, schemas: Iterable[str]) -> str:
+    section, _, last = key.rpartition(".")
+    if not last:
+        return f"{shown(key)} = {shown(value)}: the key is missing; allowed is key = value"
     names = [known for known in schemas if known.rpartition(".")[0] == section]
     by_last = {known.rpartition(".")[2]: known for known in [*schemas, *names]}  # the same section's come first
-    nearest = difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1)
+    nearest = difflib.get_close_matches(last, by_last, n=1)
     hint = f"did you mean {by_last[nearest[0]]}? " if nearest else ""
     return f"{key}: unknown key; {hint}allowed are {', '.join(names)}"
 

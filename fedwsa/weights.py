@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedwsa.config import Config
 
-SHOWN = 6  # tensor names in an error
+SHOWN = 4  # tensor names in an error
 
 
 def read(path: Path, sha256: str = "") -> dict[str, Tensor]:
@@ -41,21 +41,24 @@ def begin(model: nn.Module, config: Config) -> None:
     """
     if config.initial_model:
         tensors = read(Path(config.initial_model), config.initial_model_sha256)
-        fill(model, config.model, tensors, f"initial-model {config.initial_model}")
+        where, remedy = f"initial-model {config.initial_model}", "allowed is a file of this model"
+        fill(model, config.model, tensors, where, remedy)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], where: str, remedy: str) -> None:
     """Give a model, called `name`, the numbers of `tensors`, in the model's own types.
 
-    Raises ValueError, one line that begins with `where`, where names or shapes differ, or a number is not finite.
+    Raises ValueError, one line that begins with `where`, where names or shapes differ, and then ends with `remedy`, or
+    a number is not finite.
     """
     state = model.state_dict()
-    if unlike := state.keys() ^ tensors.keys():
-        raise ValueError(f"{where}: tensor names differ from those of model {name!r}: {_some(unlike)}")
-    if unlike := {key for key in state if state[key].shape != tensors[key].shape}:
-        shapes = (f"{key} {tuple(tensors[key].shape)} instead of {tuple(state[key].shape)}" for key in unlike)
-        raise ValueError(f"{where}: shapes differ from those of model {name!r}: {_some(shapes)}")
+    odd_ones = {"missing": state.keys() - tensors.keys(), "surplus": tensors.keys() - state.keys()}
+    if unlike := [f"{how}: {_some(names)}" for how, names in odd_ones.items() if names]:
+        raise ValueError(f"{where}: tensor names differ from those of model {name!r}; {'; '.join(unlike)}; {remedy}")
+    if others := {key for key in state if state[key].shape != tensors[key].shape}:
+        shapes = (f"{key} {tuple(tensors[key].shape)} instead of {tuple(state[key].shape)}" for key in others)
+        raise ValueError(f"{where}: shapes differ from those of model {name!r}: {_some(shapes)}; {remedy}")
     for key, tensor in state.items():
         tensor.copy_(tensors[key])
     if odd := {key for key, tensor in state.items() if not tensor.isfinite().all()}:

@@ -56,9 +56,10 @@ def draw_until_large_enough(draw: Callable[[], IndexArray], min_size: int, max_t
         best = max(best, int(counts.sum(axis=0).min()))
         if best >= min_size:
             return counts
+    smaller = "a smaller min_size, " if best > 0 else ""  # one of 0 would but leave clients empty
     raise ValueError(
         f"no draw of {max_tries} gave every client min_size={min_size} samples, the best left the smallest with "
-        f"{best}; use a smaller min_size, {remedy} or fewer clients than {counts.shape[1]}"
+        f"{best}; use {smaller}{remedy} or fewer clients than {counts.shape[1]}"
     )
 
 

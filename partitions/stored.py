@@ -54,11 +54,21 @@ def to_json(
     }
 
 
-def read(path: Path, labels: ArrayLike, *, num_clients: int, server_samples: int) -> StoredPartition:
+def sha256(path: Path) -> str:
+    """SHA-256 of who holds what in a file, in hexadecimal digits, whatever else the file says and however.
+
+    Raises ValueError, in one line with the path, where it cannot be read or is of another format.
+    """
+    return _sha256(_parse(path))
+
+
+def read(path: Path, labels: ArrayLike, *, num_clients: int, server_samples: int, sha256: str = "") -> StoredPartition:
     """Read a partition of the data set with these training labels, for so many clients and samples of the server.
 
+    sha256: what `sha256` has to give for it; empty: anything.
     Raises ValueError, in one line with the path, where the file cannot be read or is of another format, data set,
-    number of clients or of the server's samples, and where an index is out of range or held twice.
+    number of clients or of the server's samples, or of another digest, and where an index is out of range or held
+    twice.
     """
     content = _parse(path)
     made_for, samples, clients = content["data"], content["train_samples"], len(content["clients"])
@@ -83,11 +93,21 @@ def read(path: Path, labels: ArrayLike, *, num_clients: int, server_samples: int
     ):
         if found != needed:
             raise ValueError(f"{path}: {difference}")
+    if sha256 and _sha256(content) != sha256:
+        raise ValueError(
+            f"{path}: not the partition that the config means, by its partition-sha256; what a run read is in its "
+            "partition.json"
+        )
     try:
         held = checked([content["server"], *content["clients"]], samples)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return StoredPartition(held[1:], held[0], content["made_by"])
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    held = json.dumps([content["server"], content["clients"]], separators=(",", ":"))
+    return hashlib.sha256(held.encode()).hexdigest()
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
         own = new_folder(config).absolute()
         release = claim(own)
         try:
-            config = weights.pinned(config)
+            config = pinned(config)
             _keep_config(own, config)
             run_strategies(grid, config, own, notify)
         finally:
@@ -55,6 +55,16 @@ def make_app(folder: Path | None = None, notify: Notify = log_event) -> ServerAp
         log(INFO, "models and metrics are in %s", own)
 
     return app
+
+
+def pinned(config: Config) -> Config:
+    """The config with the SHA-256 of what the files that it names hold, so that it is repeated with the same.
+
+    Raises ValueError, one line with the path, for a file that cannot be read.
+    """
+    if config.partition_file and not config.partition_sha256:
+        config = config.model_copy(update={"partition_sha256": stored.sha256(Path(config.partition_file))})
+    return weights.pinned(config)
 
 
 def _keep_config(folder: Path, config: Config) -> None:
@@ -72,7 +82,8 @@ def _held_out(config: Config, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """The server's samples: those that clients/federation.py leaves out."""
     if config.partition_file:
         sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
-        return stored.read(Path(config.partition_file), labels, **sizes).server
+        digest = config.partition_sha256
+        return stored.read(Path(config.partition_file), labels, **sizes, sha256=digest).server
     return data.held_out(config, labels)[0]
 
 

@@ -275,7 +275,11 @@ def aligned_with(model: nn.Module, config: Config) -> tuple[list[str], str | Wei
     Raises ValueError for a pattern that matches no layer, or a target that the model cannot have.
     """
     wsa, parameters = config.wsa, dict(model.named_parameters())
-    named = set(matching([name for name, weights in parameters.items() if is_layer(name, weights)], wsa.layers))
+    candidates = [name for name, weights in parameters.items() if is_layer(name, weights)]
+    try:
+        named = set(matching(candidates, wsa.layers))
+    except ValueError as error:
+        raise ValueError(f"wsa.{error}") from error  # the key, where `matching` has its argument
     pools = wsa.granularity == "model"
     layers = [name for name, weights in parameters.items() if name in named and (weights.requires_grad or not pools)]
 

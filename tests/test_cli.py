@@ -229,6 +229,21 @@ def test_one_folder_of_several_repeats_alone(fedwsa: Command, tmp_path: Path) ->
 
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown key": (("run", "--set=cohrt=3"), r"cohrt: unknown key; did you mean cohort\? allowed are name, .*"),
+    "no key": (("run", "--set==5"), r'"" = 5: the key is missing; allowed is key = value'),
+    "no layer": (
+        ("run", "--set=wsa.layers=nosuch*"),
+        r"wsa\.layers = 'nosuch\*': matches none of the model's layers.*",
+    ),
+    "data dir that is none": (
+        ("run", "--data=fashion-mnist", "--data-dir=/nonexist"),
+        r"data-dir = /nonexist: there is no such folder",
+    ),
+    "data dir of digits": (("partition", "--data-dir=."), r"data-dir = \.: digits has no files of its own; allowed .*"),
+    "barrier in no data dir": (
+        ("barrier", "a", "b", "--data=mnist", "--data-dir=x"),
+        r"data-dir = x: there is no such .*",
+    ),
+    "strength of no shift": (("run", "--set=shift-strength=0.5"), r"shift-strength = 0.5: without a feature-shift .*"),
     "wrong type": (("run", "--set=rounds=1.5"), r"rounds = 1.5: allowed is a whole number ≥ 1"),
     "impossible value": (("run", "--alpha=nan"), r"alpha = NaN: allowed is a finite number > 0, or a list of such, .*"),
     "no value": (("run", "--set=rounds"), r"--set rounds: allowed is key=value"),
@@ -647,7 +662,8 @@ def test_barrier(fedwsa: Command, tmp_path: Path) -> None:
     misfit = fedwsa("barrier", a, b, *options, "--model=cnn", "--out=other.svg")
     assert misfit.status == 2
     (line,) = said(misfit)
-    assert line.startswith(f"{a}: tensor names differ from those of model 'cnn': conv1.bias, ")
+    assert line.startswith(f"{a}: tensor names differ from those of model 'cnn'; missing: conv1.bias, ")
+    assert line.endswith("; --model names the architecture of A and B")
     assert not (tmp_path / "other.svg").exists()
 
 
@@ -724,6 +740,14 @@ def test_time_left_after_resume(clock: Clock) -> None:
     ]
 
 
+@pytest.mark.parametrize(("split", "name"), [("label_skew", "label_skew"), ("iid", "IID")])
+def test_lines_of_several_seeds_name_a_split_without_alpha(split: str, name: str, clock: Clock) -> None:
+    settings = config.parse({"strategies": "fedavg", "partitioner": split, "seed": [3, 4]})
+    shown = display.Display(settings, Console(width=80))
+    shown.begin(settings.federations()[1])
+    assert lines_of(shown, clock, range(1, 2), strategy="fedavg", seconds=2)[0].startswith(f"{name}, seed 4: fedavg ")
+
+
 def test_clients_that_were_left_out_are_named(clock: Clock) -> None:
     shown = display.Display(config.parse({"rounds": 2}), Console(width=40))
     shown.begin(Config())
@@ -789,9 +813,16 @@ def test_a_run_does_not_go_on_with_another_partition(fedwsa: Command, tmp_path: 
     (tmp_path / "run/fedavg/final.safetensors").unlink()
     fedwsa("partition", "--num-clients=6", "--alpha=9", "--json=mine.json")
     federation.cache_clear()  # as in another process
-    outcome = fedwsa("run", "--resume=run")
-    assert outcome.status == 2
-    assert said(outcome) == ["mine.json: changed since the run began; what it held then is in run/partition.json"]
+    for goes_on in (["--resume=run"], ["run/config.toml", "--out=again"]):
+        outcome = fedwsa("run", *goes_on)
+        assert outcome.status == 2
+        assert said(outcome) == [
+            "mine.json: not the partition that the config means, by its partition-sha256; what a run read is in its "
+            "partition.json"
+        ]
+    as_it_was = ["--partition=run/partition.json", "--out=again"]
+    assert fedwsa("run", "run/config.toml", *as_it_was).status == 0
+    assert (tmp_path / "again/partition.json").read_bytes() == (tmp_path / "run/partition.json").read_bytes()
 
 
 def test_a_run_with_a_partitioner_that_knows_no_alpha(fedwsa: Command, tmp_path: Path) -> None:

@@ -409,9 +409,24 @@ def small(data_dir):
 def test_too_small_a_client_is_refused():
     config = tiny(data="test_clients:small", partitioner="iid", num_clients=10, min_size=3, server_samples=1)
     with pytest.raises(
-        ValueError, match="client 9 would hold 2 of 29 samples, min-size = 3; allowed are fewer clients"
+        ValueError,
+        match=r"^partitioner 'iid': client 9 would hold 2 of 29 samples, min-size = 3; allowed are fewer clients "
+        r"than 10 or another partitioner, or a smaller min-size$",
     ):
         federation(config)
+
+
+def all_for_the_first(labels, num_clients, *, rng):
+    return [np.arange(len(labels) * (client == 0)) for client in range(num_clients)]
+
+
+def test_no_min_size_is_small_enough_for_an_empty_client():
+    with pytest.raises(
+        ValueError,
+        match=r"^partitioner 'test_clients:all_for_the_first': client 1 would hold 0 of .* samples, min-size = 2; "
+        r"allowed are fewer clients than [0-9]+ or another partitioner$",
+    ):
+        federation(tiny(partitioner="test_clients:all_for_the_first"))
 
 
 def test_impossible_dirichlet_split_is_refused():
@@ -422,7 +437,7 @@ def test_impossible_dirichlet_split_is_refused():
 def test_missing_data_are_said(tmp_path, monkeypatch):
     monkeypatch.setattr("fedwsa.data.fashion_mnist.SYSTEM_DIR", tmp_path)
     with pytest.raises(DataError, match="fashion-mnist: no folder has all"):
-        federation(tiny(data="fashion-mnist", data_dir=str(tmp_path / "none")))
+        federation(tiny(data="fashion-mnist", data_dir=str(tmp_path)))
 
 
 # ---- identity

@@ -197,6 +197,10 @@ def test_wrong_value(key: str, value: Any, line: str | None) -> None:
             "initial-model-sha256: without an initial-model it means nothing; allowed is empty",
         ),
         (
+            {"shift-strength": 0.5},
+            "shift-strength = 0.5: without a feature-shift it means nothing; allowed is 0.1",
+        ),
+        (
             {"wsa": {"mode": "proximal", "divergence": "reverse-kl"}},
             'wsa.divergence = "reverse-kl": has no proximal map; allowed is wsa.mode = "loss", or another one',
         ),
@@ -236,6 +240,7 @@ def test_impossible_together(values: dict[str, Any], line: str) -> None:
         {"validation-fraction": 0, "evaluation-cohort": 0},
         {"min-size": 1, "evaluation-cohort": 0},
         {"cohort": 20, "evaluation-cohort": 20},
+        {"feature-shift": "noise", "shift-strength": 0.5},
         {"wsa": {"schedule": "linear-decay", "schedule-rounds": 3, "divergence": "reverse-kl"}},
         {"wsa": {"schedule": "relative", "share": 0.1, "mode": "proximal", "divergence": "wasserstein"}},
         {"wsa": {"target": "gaussian", "target-std": 0.1, "target-mean": -0.1, "granularity": "channel"}},
@@ -272,6 +277,13 @@ def test_unknown_key_of_a_section() -> None:
         "wsa.layers, wsa.schedule, wsa.schedule-rounds, wsa.share, wsa.target, wsa.target-mean, wsa.target-std, "
         "wsa.target-momentum, wsa.variance"
     ]
+
+
+@pytest.mark.parametrize(("key", "said"), [("", '""'), ("wsa.", '"wsa."')])
+def test_a_key_without_a_name(key: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.from_run_config({key: 5})
+    assert str(caught.value) == f"{said} = 5: the key is missing; allowed is key = value"
 
 
 def test_all_problems_are_said_at_once() -> None:

@@ -159,6 +159,7 @@ def test_one_statistic_that_is_given_does_not_change_the_other(statistic):
         ({"train_images": np.zeros((12, 4, 5), np.uint8)}, "train split: images must be uint8"),
         ({"test_images": np.zeros((0, 3, 4, 5), np.uint8)}, "test split: images must be uint8 .* N > 0"),
         ({"test_images": np.zeros((6, 3, 5, 4), np.uint8)}, "test images are .3, 5, 4., train are .3, 4, 5."),
+        ({"num_classes": 0}, "made: num_classes must be ≥ 1, got 0"),
         ({"scale": 0.0}, "scale must be finite and > 0, got 0.0"),
         ({"scale": float("nan")}, "scale must be finite and > 0, got nan"),
         ({"mean": [0.0]}, "mean must be finite, one number a channel"),
@@ -177,6 +178,23 @@ def test_contradictions_are_refused(changes, message):
 
 def test_load_takes_an_import_path_to_a_loader_and_passes_the_folder_on():
     assert load(f"{__name__}:only_where_told", Path("there")).name == "there"
+
+
+@pytest.mark.parametrize("name", sorted(DATASETS.keys() - {"digits"}))
+def test_a_folder_that_is_none_is_said_and_not_passed_over(tmp_path, name):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "nowhere", tmp_path / "file"):
+        with pytest.raises(DataError) as error:
+            load(name, folder)
+        assert str(error.value) == f"data-dir = {folder}: there is no such folder"
+
+
+def test_digits_have_no_folder(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(
+            DataError, match=r"^data-dir = .*: digits has no files of its own; allowed with it is none$"
+        ):
+            load("digits", folder)
 
 
 def test_load_refuses_what_is_no_dataset():
@@ -378,6 +396,7 @@ def test_fashion_mnist_is_looked_for_in_order_and_all_four_files_in_one_folder(m
 
 @pytest.mark.usefixtures("nothing_installed")
 def test_missing_fashion_mnist_says_where_it_looked_and_how_to_get_it(tmp_path):
+    (tmp_path / "own").mkdir()
     with pytest.raises(DataError) as error:
         load("fashion-mnist", tmp_path / "own")
     message = str(error.value)

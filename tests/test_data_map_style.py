@@ -93,15 +93,15 @@ def test_classes_groups_and_image_size_of_map_style_data_sets():
     ("sample", "message"),
     [
         (PIXELS[0], r"must be \(image, label\), got ndarray"),
-        ((PIXELS[0].transpose(1, 2, 0), 1.0), "the label must be a whole number, got 1.0"),
-        ((PIXELS[0].transpose(1, 2, 0), None), "the label must be a whole number, got None"),
+        ((PIXELS[0].transpose(1, 2, 0), 1.0), "the label must be a whole number ≥ 0, got 1.0"),
+        ((PIXELS[0].transpose(1, 2, 0), None), "the label must be a whole number ≥ 0, got None"),
         ((torch.randn(3, 5, 4), 1), "floating pixels must lie in 0 … 1, got .*; leave Normalize out"),
         ((torch.full((3, 5, 4), torch.nan), 1), "floating pixels must lie in 0 … 1, got nan"),
         ((torch.zeros(3, 5, 4, dtype=torch.int64), 1), "pixels must be uint8 or floating, got int64"),
         ((torch.zeros(2, 5, 4), 1), r"1, 3 or 4 channels, got .*2, 5, 4"),
         ((np.zeros(4, np.uint8), 1), r"1, 3 or 4 channels, got \(4,\)"),
         ((torch.zeros(3, 5, 5), 1), "5×5 pixels in 3 channels, but the images before it have 5×4 in 3"),
-        ((PIXELS[0].transpose(1, 2, 0), -1), r"labels must lie in 0\.\.2, got -1\.\.2"),
+        ((PIXELS[0].transpose(1, 2, 0), -1), "the label must be a whole number ≥ 0, got -1"),
     ],
 )
 def test_a_sample_that_will_not_do_is_named(sample, message):
@@ -110,7 +110,7 @@ def test_a_sample_that_will_not_do_is_named(sample, message):
     with pytest.raises(DataError, match=message) as error:
         load(given(pair_of(samples)))
     assert "\n" not in str(error.value)
-    assert f"made, train split{': labels' if 'labels' in message else ', sample 4: '}" in str(error.value)
+    assert "made, train split, sample 4: " in str(error.value)
 
 
 @pytest.mark.parametrize("value", [None, lambda data_dir: pair[0], lambda data_dir: (pair[0], 3), (1, 2), pair[:1]])

@@ -290,6 +290,13 @@ def test_all_bad_ends_the_run_with_the_first_reason(make):
     assert issubclass(NoUsableReplyError, RunError)
 
 
+@pytest.mark.parametrize(("key", "value", "told"), [("loss", float("nan"), True), ("num-examples", -1, False)])
+def test_a_run_that_diverges_is_told_what_helps(key, value, told):
+    with pytest.raises(NoUsableReplyError) as raised:
+        train(Gate(ours()), federation(metric(key, value), (0, 1, 2)))
+    assert ("with a smaller learning-rate" in str(raised.value)) == told
+
+
 @pytest.mark.parametrize("make", STRATEGIES.values(), ids=STRATEGIES)
 def test_all_evaluations_bad_is_no_metrics(make):
     gate = Gate(make())

@@ -260,16 +260,19 @@ def test_min_size_that_no_split_has_is_refused_at_once():
         dirichlet(np.zeros(11, int), 3, 1.0, min_size=4, rng=NoDraws())
 
 
-def test_min_size_gives_up_after_max_tries_and_says_how_close_it_came():
+@pytest.mark.parametrize(("alpha", "smaller"), [(0.1, ""), (5, "a smaller min_size, ")])
+def test_min_size_gives_up_after_max_tries_and_says_how_close_it_came(alpha, smaller):
+    """Where the best draw leaves a client empty, no smaller min_size helps."""
     labels, tries = np.zeros(100, int), 5
     rng = np.random.default_rng(0)
-    best = max(min(map(int, share_out(np.array([100]), draw_proportions(1, 10, 0.1, rng))[0])) for _ in range(tries))
+    best = max(min(map(int, share_out(np.array([100]), draw_proportions(1, 10, alpha, rng))[0])) for _ in range(tries))
+    assert (best > 0) == bool(smaller)
     message = (
         rf"no draw of {tries} gave every client min_size=10 samples, the best left the smallest with {best}; "
-        "use a smaller min_size, a larger alpha than 0.1 or fewer clients than 10"
+        f"use {smaller}a larger alpha than {alpha} or fewer clients than 10"
     )
     with pytest.raises(ValueError, match=message):
-        dirichlet(labels, 10, 0.1, min_size=10, rng=np.random.default_rng(0), max_tries=tries)
+        dirichlet(labels, 10, alpha, min_size=10, rng=np.random.default_rng(0), max_tries=tries)
 
 
 def test_more_clients_than_samples_leaves_some_empty():

@@ -610,6 +610,28 @@ def test_an_unknown_engine_is_an_error_that_names_the_known_ones():
         simulate(apps.server, apps.quickstart_client, 2, engine="dask")
 
 
+@pytest.mark.parametrize("name", ["inprocess", "ray"])
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("workers", -1, "≥ 0"),
+        ("workers", float("nan"), "≥ 0"),
+        ("threads_per_client", 0, "≥ 1"),
+        ("cpus_per_client", 0, "finite and > 0"),
+        ("cpus_per_client", float("inf"), "finite and > 0"),
+        ("gpus_per_client", -0.5, "finite and ≥ 0"),
+        ("gpus_per_client", float("nan"), "finite and ≥ 0"),
+    ],
+)
+def test_an_impossible_option_of_an_engine_is_said_at_once(monkeypatch, name, option, value, needed):
+    monkeypatch.setitem(sys.modules, "fedwsa.simulation.ray_engine", None)  # it cannot be imported
+    with (
+        pytest.raises(ValueError, match=f"^{option} must be {needed}, got {value}$"),
+        open_engine(name, **{option: value}),
+    ):
+        pass
+
+
 def test_what_the_server_raises_is_raised_and_the_engine_closed(monkeypatch):
     closed = []
     monkeypatch.setattr("fedwsa.simulation.InProcessEngine.close", lambda engine: closed.append(engine))

@@ -91,6 +91,21 @@ def test_a_file_that_does_not_fit_is_refused_in_a_line(tmp_path, found, message)
     assert "\n" not in str(error.value)
 
 
+def test_the_digest_is_of_who_holds_what(tmp_path):
+    """By hand: compact JSON of the server's indices and each client's."""
+    digest = stored.sha256(written(tmp_path, content()))
+    assert digest == hashlib.sha256(b"[[2],[[4,1],[],[7,0,3]]]").hexdigest()
+    other_words = content(data="renamed", made_by={})
+    path = written(tmp_path, json.dumps(other_words, indent=4, sort_keys=True))
+    assert stored.sha256(path) == digest
+    found = stored.read(path, LABELS, num_clients=3, server_samples=1, sha256=digest)
+    assert [part.tolist() for part in found.clients] == [[4, 1], [], [7, 0, 3]]
+    for clients in ([[1, 4], [], [7, 0, 3]], [[4, 1], [7], [0, 3]]):
+        path = written(tmp_path, content(clients=clients))
+        with pytest.raises(ValueError, match=r"mine\.json: not the partition that the config means, by its partition-"):
+            stored.read(path, LABELS, num_clients=3, server_samples=1, sha256=digest)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"none.json: cannot be read: No such file or directory"):
         read(tmp_path / "none.json")
@@ -168,7 +183,14 @@ def test_a_partition_may_leave_samples_out_but_no_client_too_small(tmp_path):
     path = written(tmp_path, stored.to_json("digits", labels, parts, np.array([2]), MADE_BY))
     small = {"num_clients": 2, "cohort": 1, "evaluation_cohort": 0, "server_samples": 1, "partition_file": str(path)}
     assert [part.tolist() for part in federation(tiny(**small, min_size=1)).parts] == [[0, 1], [5]]
-    with pytest.raises(ValueError, match=r"client 1 would hold 1 of .* samples, min-size = 2"):
+    too_small = (
+        f"^{re.escape(str(path))}: client 1 would hold {{}} of .* samples, min-size = 2; allowed is another file{{}}$"
+    )
+    with pytest.raises(ValueError, match=too_small.format(1, ", or a smaller min-size")):
+        federation(tiny(**small))
+    federation.cache_clear()
+    written(tmp_path, stored.to_json("digits", labels, [parts[0], np.array([], int)], np.array([2]), MADE_BY))
+    with pytest.raises(ValueError, match=too_small.format(0, "")):
         federation(tiny(**small))
 
 

@@ -123,6 +123,10 @@ def broken(path: Path, how: str) -> None:
     state = initial_model()
     if how == "names":
         state["head.weight"] = state.pop("layers.2.weight")
+    elif how == "less":
+        del state["layers.2.weight"]
+    elif how == "more":
+        state["head.weight"] = state["layers.2.weight"].clone()
     elif how == "many names":
         state = {f"m.{name}": tensor for name, tensor in state.items()}
     elif how == "shapes":
@@ -146,9 +150,22 @@ def broken(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("names", "initial-model .*mine: tensor names differ from those of model 'mlp': head.weight, layers.2.weight$"),
-        ("many names", "differ from those of model 'mlp': layers.0.bias, .*, layers.2.weight and 6 more$"),
-        ("shapes", r"shapes differ from .* 'mlp': layers.0.weight \(200, 784\) instead of \(200, 64\)$"),
+        (
+            "names",
+            "initial-model .*mine: tensor names differ from those of model 'mlp'; missing: layers.2.weight; "
+            "surplus: head.weight; allowed is a file of this model$",
+        ),
+        ("less", "differ from those of model 'mlp'; missing: layers.2.weight; allowed is a file of this model$"),
+        ("more", "differ from those of model 'mlp'; surplus: head.weight; allowed is a file of this model$"),
+        (
+            "many names",
+            "'mlp'; missing: layers.0.bias, .*, layers.1.weight and 2 more; "
+            "surplus: m.layers.0.bias, .*, m.layers.1.weight and 2 more; allowed",
+        ),
+        (
+            "shapes",
+            r"shapes differ from .* 'mlp': layers.0.weight \(200, 784\) instead of \(200, 64\); allowed is a file of ",
+        ),
         ("not finite", "initial-model .*mine: NaN or infinite in layers.0.weight, layers.2.bias; allowed are finite "),
         ("too large", "initial-model .*mine: NaN or infinite in layers.2.bias; "),
         ("no safetensors", "mine: not a safetensors file: "),

@@ -6,6 +6,7 @@ scaled. To add a data set: one file, one line in `DATASETS` (or none: `load` tak
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +38,7 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
     "image-folder": image_folder.load,
     "cub-200": cub_200.load,
 }
+WITHOUT_FILES = ("digits",)  # that come with a package
 
 
 def of_config(config: Config) -> Dataset:
@@ -68,9 +70,11 @@ def load(name: str, data_dir: Path | None = None, image_size: int = 0) -> Datase
     data_dir: where the data set's own files lie; without it the loader looks in the usual places.
     image_size: images are cut and scaled to that many pixels a side; 0: left as they are, and all of one size.
     Raises ValueError for an unknown name and a function that does not take `data_dir`, DataError (a ValueError) for
-    files that are missing or damaged.
+    files that are missing or damaged, and a data_dir of a registered data set that is no folder or means nothing to it.
     """
     found: Any = lookup(DATASETS, name, "data set")
+    if data_dir is not None and name in DATASETS:  # a user's own loader knows what it is given
+        _check_dir(name, data_dir)
     scaled = image_size == 0
     if callable(found):
         who, way = f"data set {name!r}", "(data_dir), and image_size where it names it"
@@ -89,3 +93,11 @@ def load(name: str, data_dir: Path | None = None, image_size: int = 0) -> Datase
     if not scaled:
         raise DataError(f"image-size = {image_size}: the images of {name} have one size; allowed is 0")
     return found
+
+
+def _check_dir(name: str, data_dir: Path) -> None:
+    """Else a loader that also looks elsewhere would take other files than those that were meant."""
+    if name in WITHOUT_FILES:
+        raise DataError(f"data-dir = {data_dir}: {name} has no files of its own; allowed with it is none")
+    if not os.path.isdir(data_dir):
+        raise DataError(f"data-dir = {data_dir}: there is no such folder")

@@ -23,7 +23,8 @@ class DataError(ValueError):
 class Dataset:
     """Labelled images as they are stored, with what it takes to normalise them.
 
-    train_images, test_images: uint8 [N, C, H, W]. train_labels, test_labels: int64 [N] in 0 … num_classes − 1.
+    train_images, test_images: uint8 [N, C, H, W]. train_labels, test_labels: int64 [N] in 0 … num_classes − 1,
+    num_classes ≥ 1.
     scale: the pixel value that counts as 1 (255, or 16 for `digits`).
     mean, std: float64 [C], of pixel / scale per channel; unless given, those of the training split (population std).
     train_groups: int64 [N], by whom or where a training image was made (writer, user, site), or None: not known.
@@ -42,6 +43,8 @@ class Dataset:
     train_groups: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise DataError(f"{self.name}: num_classes must be ≥ 1, got {self.num_classes!r}")
         self._check_split("train", self.train_images, self.train_labels)
         self._check_split("test", self.test_images, self.test_labels)
         if self.test_images.shape[1:] != self.input_shape:

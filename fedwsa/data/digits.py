@@ -18,7 +18,7 @@ SPLIT_SEED = 20240822  # any constant would do; it is no run's seed, so that all
 def load(data_dir: Path | None = None) -> Dataset:
     """Load the digits: 1,438 training and 359 test images, [1, 8, 8], pixels 0 … 16.
 
-    data_dir is ignored: the images come with scikit-learn. The set has no split of its own; this one is ours,
+    data_dir means nothing: the images come with scikit-learn. The set has no split of its own; this one is ours,
     stratified by class and always the same.
     """
     return cached("digits", table_files(), split_table, version("scikit-learn"))

@@ -58,7 +58,9 @@ def _read(where: str, data: Any, image_size: int) -> tuple[NDArray[np.uint8], ND
             try:
                 labels[i] = operator.index(sample[1])
             except TypeError:
-                raise DataError(f"{name}: the label must be a whole number, got {sample[1]!r}") from None
+                labels[i] = -1
+            if labels[i] < 0:
+                raise DataError(f"{name}: the label must be a whole number ≥ 0, got {sample[1]!r}")
             yield name, fit(_pixels(name, sample[0]), image_size)
 
     return stack(images(), count), labels

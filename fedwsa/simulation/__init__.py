@@ -4,6 +4,7 @@ import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
@@ -47,9 +48,18 @@ def open_engine(
         global `random`.
     cpus_per_client, gpus_per_client: (`ray` only) what each of them gets; 0.25 puts four clients on a core or card.
     ray_address: (`ray` only) the cluster to join, "auto" for the one on this machine; empty: Ray is started here.
+    Raises ValueError for another name, or a number out of range.
     """
     if name not in ENGINES:
         raise ValueError(f"engine = {name!r}: allowed are {', '.join(ENGINES)}")
+    for option, value, needed, met in (
+        ("workers", workers, "≥ 0", workers >= 0),
+        ("threads_per_client", threads_per_client, "≥ 1", threads_per_client >= 1),
+        ("cpus_per_client", cpus_per_client, "finite and > 0", 0 < cpus_per_client < inf),
+        ("gpus_per_client", gpus_per_client, "finite and ≥ 0", 0 <= gpus_per_client < inf),
+    ):
+        if not met:
+            raise ValueError(f"{option} must be {needed}, got {value!r}")
     engine: Engine
     if name == "ray":  # Ray is imported only where it is used: it takes 0.3 s
         module = importlib.import_module("fedwsa.simulation.ray_engine")
