@@ -121,8 +121,12 @@ def _moments(parameters: list[Tensor]) -> Iterator[tuple[float, float]]:
     """
     if not parameters or parameters[0].is_cpu:
         for weights in parameters:
-            mean, variance = _by_sums(weights) if weights.dtype in LEAST else (math.nan, math.nan)
-            yield (mean, variance) if _is_precise(mean, variance, weights) else moments(weights)
+            if least := LEAST.get(weights.dtype):
+                mean, variance = _by_sums(weights)
+                if _is_precise(mean, variance, least):
+                    yield mean, variance
+                    continue
+            yield moments(weights)
         return
     place, numbers = parameters[0].device, []
     for weights in parameters:
@@ -130,11 +134,12 @@ def _moments(parameters: list[Tensor]) -> Iterator[tuple[float, float]]:
         numbers += [mean_of.to(place), variance_of.to(place)]
     found = torch.stack(numbers).tolist()
     for weights, mean, variance in zip(parameters, found[::2], found[1::2], strict=True):
-        yield (mean, variance) if _is_precise(mean, variance, weights) else moments(weights)
+        precise = _is_precise(mean, variance, LEAST[single(weights.dtype)])
+        yield (mean, variance) if precise else moments(weights)
 
 
-def _is_precise(mean: float, variance: float, weights: Tensor) -> bool:
-    return max(mean * mean, LEAST[single(weights.dtype)]) < variance < math.inf
+def _is_precise(mean: float, variance: float, least: float) -> bool:
+    return mean * mean < variance < math.inf and variance > least
 
 
 PART = 1 << 18
