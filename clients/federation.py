@@ -111,9 +111,13 @@ def _partition(config: Config, dataset: data.Dataset) -> tuple[Indices, list[Ind
     """
     labels, seed = dataset.train_labels, config.seed[0]
     if config.partition_file:
-        sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
-        digest = config.partition_sha256
-        found = stored.read(Path(config.partition_file), labels, **sizes, sha256=digest)
+        found = stored.read(
+            Path(config.partition_file),
+            labels,
+            num_clients=config.num_clients,
+            server_samples=config.server_samples,
+            sha256=config.partition_sha256,
+        )
         return found.server, found.clients, found.made_by
     server, pool = data.held_out(config, labels)
     partitioner: Callable[..., list[Indices]] = lookup(partitions.PARTITIONERS, config.partitioner, "partitioner")

@@ -37,13 +37,17 @@ def target_distance(events: Sequence[Event]) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One measure by round; `name` is what a sentence calls it, `missing` why there may be nothing of it in a run."""
+    """One measure by round; `name` is what a sentence calls it, `missing` why there may be nothing of it in a run.
+
+    shown: the range at whose edges values outside are drawn; None: all are drawn where they are.
+    """
 
     title: str
     name: str
     read: Read
     meaning: str
     missing: str
+    shown: tuple[float, float] | None = None
 
 
 LOST_SHOWN = (-1, 2)  # of a share; a single round of −80 would make a flat line of all others
@@ -77,6 +81,7 @@ LOST = Panel(
     "the barrier as a part of what the clients gained; rounds in which that is a thousandth of the loss or less have "
     f"none, and what lies below −{-LOST_SHOWN[0]} or above {LOST_SHOWN[1]} is drawn at that edge",
     "in no measured round the clients gained more than a thousandth of the loss on the server's samples",
+    LOST_SHOWN,
 )
 MEAN_SPREAD = Panel(
     "spread of μ",
@@ -122,13 +127,13 @@ def averaging_figure(run: Run, alpha: float) -> str | None:
     with figures.style():
         figure, panels = _panels(len(shown))
         lines: dict[str, Line2D] = {}
-        for axes, (title, by_name) in zip(panels, shown.items(), strict=True):
-            for index, (name, seeds) in enumerate(by_name.items()):
+        for axes, panel in zip(panels, [each for each in PANELS if each.title in shown], strict=True):
+            for index, (name, seeds) in enumerate(shown[panel.title].items()):
                 figures.draw_seeds(axes, seeds, index, name, lines)
             _show_zero(axes)
-            if title == LOST.title:
-                _keep_within(axes, *LOST_SHOWN)
-            axes.set_title(title if len(run.alphas) == 1 else f"{title}, {run.split(alpha)}")
+            if panel.shown:
+                _keep_within(axes, *panel.shown)
+            axes.set_title(panel.title if len(run.alphas) == 1 else f"{panel.title}, {run.split(alpha)}")
             axes.set_xlabel("round")
         figures.legend(figure, lines, run)
         return figures.svg(figure)

@@ -4,11 +4,10 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any, Self
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
-from fedwsa.arrays import as_type, pack, record_of, unpack, view
+from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config
 from fedwsa.simulation.folding import Fold, fold
 from strategies.aggregation import equal
@@ -69,9 +68,7 @@ class FedExP(OfUpdates):
 
         arrays: the model after the last round.
         """
-        before = self.origin()
-        mean = {name: 0.5 * (x.astype(np.float64) + view(arrays[name])) for name, x in before.items()}
-        return record_of({n: as_type(mean[n], view(a).dtype) if n in mean else view(a) for n, a in arrays.items()})
+        return self.stepped(arrays.copy(), 0.5)
 
     def state(self) -> dict[str, Tensor]:
         """The model before the last."""

@@ -81,9 +81,13 @@ def _keep_config(folder: Path, config: Config) -> None:
 def _held_out(config: Config, labels: NDArray[np.int64]) -> NDArray[np.int64]:
     """The server's samples: those that clients/federation.py leaves out."""
     if config.partition_file:
-        sizes = {"num_clients": config.num_clients, "server_samples": config.server_samples}
-        digest = config.partition_sha256
-        return stored.read(Path(config.partition_file), labels, **sizes, sha256=digest).server
+        return stored.read(
+            Path(config.partition_file),
+            labels,
+            num_clients=config.num_clients,
+            server_samples=config.server_samples,
+            sha256=config.partition_sha256,
+        ).server
     return data.held_out(config, labels)[0]
 
 

@@ -248,13 +248,13 @@ def test_the_report_says_what_was_run_and_how_to_repeat_it(one: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [("mine", "mine/config.toml"), ("../work/mine", "../work/mine/config.toml"), ("a b", "'a b/config.toml'")],
+    [("mine", "mine/config.toml"), ("../here/mine", "../here/mine/config.toml"), ("a b", "'a b/config.toml'")],
 )
 def test_the_command_to_repeat_has_the_folder_as_it_was_given(
     given: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     command, _ = page_of(fake_run(Path(given), rounds=1)).of("pre")
     assert command == f"fedwsa run {named}"
     _, _, file = shlex.split(command)

@@ -19,7 +19,7 @@ from fedwsa.aligned.units import (
 )
 from fedwsa.divergence import usable_mask
 from fedwsa.granularity import channel_name
-from fedwsa.scope import WeightScope
+from fedwsa.scope import WeightScope, centred
 
 NOTHING = -0.0
 """What a factor or summand is where nothing may change: x + (−0.0) is x, the sign of a zero included."""
@@ -103,7 +103,7 @@ class ChannelUnits:
     def _update(self, layer: _Layer, terms: Terms, dtype: torch.dtype) -> _Update | None:
         """None where this dtype is not enough: the squares of some channel overflow, or lose digits to underflow."""
         weights = layer.parameter
-        means, variances, deviations = _centred(weights, dtype)
+        means, variances, deviations = centred(in_memory_order(weights).reshape(len(weights), -1).to(dtype))
         if dtype != torch.float64:
             enough = (variances > LEAST[dtype]) & variances.isfinite()
             if not (enough.all() or (enough | (deviations == 0).all(1, keepdim=True)).all()):
@@ -118,20 +118,6 @@ class ChannelUnits:
         fits = a.abs() + means.abs() + b.abs() * furthest <= torch.finfo(weights.dtype).max
         ready = usable_mask(means, variances) & usable_mask(target_means, target_variances) & fits
         return _Update(bool(ready.all()), ready, means, a, b, deviations)
-
-
-def _centred(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and variances, float64 [C, 1], and w − μ, [C, n] in memory of its own; measured in `dtype`.
-
-    Counted from the first weight, as `fedwsa.scope` does, so that rounding gives no constant channel a variance.
-    """
-    rows = in_memory_order(weights).reshape(len(weights), -1).to(dtype)
-    first = rows[:, :1]
-    deviations = rows - first
-    shift = deviations.mean(1, keepdim=True)
-    deviations -= shift
-    variances = deviations.square().mean(1, keepdim=True)
-    return first.to(torch.float64) + shift.to(torch.float64), variances.to(torch.float64), deviations
 
 
 def _add(target: Tensor, values: Tensor, weights: Tensor) -> None:

@@ -66,7 +66,7 @@ class LayerUnits:
             if not _fits(layer.largest, a, b, mean, variance, layer.size):
                 self._report([layer.name])
                 continue
-            origin = 0.0 if mean * mean < variance else _rounded(mean, layer.parameter)
+            origin = _origin(mean, variance, layer.parameter)
             yield layer.parameter, a + b * origin, b, origin, layer.anchor
 
 
@@ -82,35 +82,34 @@ class ModelUnit:
 
     def add_gradient(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        _add_gradients(update for update, _ in self._updates(terms, held))
+        updates, _ = self._updates(terms, held)
+        _add_gradients(updates)
 
     def move(self, terms: Terms, held: Held = None) -> None:
         """See `Units`."""
-        _move(
-            (w, mean + constant, b, origin, anchor)
-            for (w, constant, b, origin, anchor), mean in self._updates(terms, held)
-        )
+        updates, mean = self._updates(terms, held)
+        _move((weights, mean + constant, b, origin, anchor) for weights, constant, b, origin, anchor in updates)
 
-    def _updates(self, terms: Terms, held: Held) -> list[tuple[Update, float]]:
-        """Of each tensor to be written the update a + b (w − μ), which by the proximal map is w′ − μ; and μ."""
+    def _updates(self, terms: Terms, held: Held) -> tuple[list[Update], float]:
+        """Of each tensor to be written the update a + b (w − μ), which of a move is w′ − μ; and μ."""
         training = [pair for pair in self._parameters if pair[0].requires_grad]
         if not training or not usable(*self._target):
-            return []
+            return [], 0.0
         mean, variance, size = _pooled([weights for weights, _ in training])
         if not usable(mean, variance):
             self._report(self._names)
-            return []
+            return [], 0.0
         a, b = terms(0.0, variance, self._target[0] - mean, self._target[1], size)  # of w − μ, so that nothing cancels
         largest = min(torch.finfo(weights.dtype).max for weights, _ in training)
         if not _fits(largest, abs(a) + abs(mean), b, 0.0, variance, size):
             self._report(self._names)
-            return []
+            return [], 0.0
         updates = []
         for weights, anchor in training:
             if is_written(weights, held):
-                origin = 0.0 if mean * mean < variance else _rounded(mean, weights)
-                updates.append(((weights, a + b * (origin - mean), b, origin, anchor), mean))
-        return updates
+                origin = _origin(mean, variance, weights)
+                updates.append((weights, a + b * (origin - mean), b, origin, anchor))
+        return updates, mean
 
 
 def _moments(parameters: list[Tensor]) -> Iterator[tuple[float, float]]:
@@ -171,8 +170,9 @@ def _pooled(parameters: list[Tensor]) -> tuple[float, float, float]:
     return first + shift, squares / total, total
 
 
-def _rounded(mean: float, weights: Tensor) -> float:
-    return torch.tensor(mean, dtype=weights.dtype).item()
+def _origin(mean: float, variance: float, weights: Tensor) -> float:
+    """See `Update`."""
+    return 0.0 if mean * mean < variance else torch.tensor(mean, dtype=weights.dtype).item()
 
 
 def _fits(largest: float, a: float, b: float, mean: float, variance: float, size: float) -> bool:
@@ -180,14 +180,19 @@ def _fits(largest: float, a: float, b: float, mean: float, variance: float, size
     return abs(a) + abs(b) * max(1.0, abs(mean) + math.sqrt(size * variance)) <= largest
 
 
+def _goes_together(weights: Tensor, origin: float) -> bool:
+    """On a card, with others in one call; not in half precision, which would be rounded at each."""
+    return not (weights.is_cpu or origin) and weights.dtype in LEAST
+
+
 def _add_gradients(updates: Iterable[Update]) -> None:
     """Add constant + b (w − origin) to each gradient; on a card to all of them in three calls."""
     together = []
     for weights, constant, b, origin, _ in updates:
-        if weights.is_cpu or origin or weights.dtype not in LEAST:  # half precision would be rounded at each call
-            gradient_of(weights).add_(weights - origin if origin else weights, alpha=b).add_(constant)
-        else:
+        if _goes_together(weights, origin):
             together.append((weights, constant, b))
+        else:
+            gradient_of(weights).add_(weights - origin if origin else weights, alpha=b).add_(constant)
     if together:
         all_weights, constants, slopes = zip(*together, strict=True)
         terms = torch._foreach_mul(all_weights, slopes)
@@ -204,7 +209,7 @@ def _move(updates: Iterable[Update]) -> None:
     together = []
     for weights, constant, b, origin, anchor in updates:
         t = 1 - b
-        if not (weights.is_cpu or origin or weights.dtype not in LEAST):
+        if _goes_together(weights, origin):
             together.append((weights, constant, b))
         elif not origin and 0 < abs(t) < 0.5 and abs(constant / t) <= torch.finfo(weights.dtype).max:
             alike = anchor.device == weights.device and anchor.dtype == weights.dtype
