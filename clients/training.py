@@ -1,6 +1,7 @@
 """Local training: the loop that every objective shares."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from fedwsa.config import Config
 from fedwsa.data.augmentation import Augmented
 from fedwsa.granularity import layer_of
 from fedwsa.messages import Alignment
-from fedwsa.regularizer import WeightScopeRegularizer
+
+if TYPE_CHECKING:
+    from fedwsa.regularizer import WeightScopeRegularizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +118,12 @@ def _batches(order: Tensor, size: int, model: nn.Module) -> tuple[Tensor, ...]:
     return batches
 
 
-def _regularizer(model: nn.Module, alignment: Alignment | None) -> WeightScopeRegularizer | None:
+def _regularizer(model: nn.Module, alignment: Alignment | None) -> "WeightScopeRegularizer | None":
     if alignment is None or alignment.strength == 0:
         return None
+    # Its compiler takes time and memory that others need not spend.
+    from fedwsa.regularizer import WeightScopeRegularizer
+
     parameters, target = dict(model.named_parameters()), alignment.target
     if alignment.layers:
         parameters = {name: weights for name, weights in parameters.items() if name in alignment.layers}

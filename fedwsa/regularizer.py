@@ -7,7 +7,6 @@ two sums and one affine update per layer (`fedwsa.aligned`).
 import logging
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -74,7 +73,7 @@ class WeightScopeRegularizer:
         self._share = 1 / max(1, len(target.names)) if reduction == "mean" else 1.0
         self._strength = strength * self._share  # λ per layer
         self._reported: set[str] = set()
-        self._units: Units = UNITS[granularity](self._parameters, target, self._report)
+        self._units: Units = UNITS[granularity](self._parameters, target, (divergence, mode), self._report)
 
     @property
     def strength(self) -> float:
@@ -100,19 +99,9 @@ class WeightScopeRegularizer:
         ValueError. Does nothing in proximal mode.
         """
         _check_rate(learning_rate)
-        strength, gradient = self._strength * learning_rate, self._divergence.gradient
-        if self.mode != "loss" or strength == 0:
-            return
-
-        def terms(mean: Any, variance: Any, target_mean: Any, target_variance: Any, size: Any) -> tuple[Any, Any]:
-            a, b = gradient(mean, variance, target_mean, target_variance, size)
-            return -strength * a, 1 - strength * b
-
-        if torch.is_grad_enabled():  # a loop that has turned it off saves a twentieth of the term's time
-            with torch.no_grad():
-                self._units.move(terms, None)
-        else:
-            self._units.move(terms, None)
+        strength = self._strength * learning_rate
+        if self.mode == "loss" and strength:
+            self._units.move(-strength)
 
     def proximal_step(self, learning_rate: float, momentum: float = 0.0) -> None:
         """Proximal mode: replace the weights by the minimiser of ½‖w′ − w‖² + c R(w′), c = η λ/(1 − β).
@@ -206,27 +195,16 @@ class WeightScopeRegularizer:
     def _held_by(self, group: dict[str, Any]) -> set[int]:
         return {id(parameter) for parameter in group["params"]} & {id(each) for each in self._parameters.values()}
 
-    @torch.no_grad()
     def _add_gradient(self, held: Held, sign: float = 1.0) -> None:
-        strength, gradient = sign * self._strength, self._divergence.gradient
-        if strength == 0:
-            return
+        if self._strength:
+            self._units.add_gradient(sign * self._strength, held)
 
-        def terms(*numbers: Any) -> tuple[Any, Any]:
-            a, b = gradient(*numbers)
-            return strength * a, strength * b
-
-        self._units.add_gradient(terms, held)
-
-    @torch.no_grad()
     def _proximal_step(self, held: Held, learning_rate: float, momentum: float) -> None:
         _check_rate(learning_rate)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
-        c, proximal = learning_rate * self._strength / (1 - momentum), self._divergence.proximal
-        if c == 0 or proximal is None:
-            return
-        self._units.move(partial(proximal, c=c), held)
+        if c := learning_rate * self._strength / (1 - momentum):
+            self._units.move(c, held)
 
     def _counted(self) -> dict[str, Tensor]:
         """The parameters that the units consist of."""

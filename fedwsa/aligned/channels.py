@@ -1,28 +1,30 @@
 """Each channel of a layer a unit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fedwsa.aligned.rows import Rows
 from fedwsa.aligned.units import (
     LEAST,
     Held,
+    Kind,
     Report,
-    Terms,
     gradient_of,
     in_memory_order,
     is_written,
     lies_channels_last,
     single,
+    terms_of,
 )
 from fedwsa.divergence import usable_mask
 from fedwsa.granularity import channel_name
 from fedwsa.scope import WeightScope, centred
 
 NOTHING = -0.0
-"""What a factor or summand is where nothing may change: x + (−0.0) is x, the sign of a zero included."""
+"""What is added where nothing may change: x + (−0.0) is x, the sign of a zero included."""
 
 
 class _Layer(NamedTuple):
@@ -32,76 +34,62 @@ class _Layer(NamedTuple):
     parameter: Tensor
     target_means: Tensor
     target_variances: Tensor
-
-
-class _Update(NamedTuple):
-    """a + b (w − μ) of a layer: whether it may be made for all channels, and for which [C, 1]; float64 coefficients."""
-
-    whole: bool
-    ready: Tensor
-    means: Tensor
-    a: Tensor
-    b: Tensor
-    deviations: Tensor  # w − μ, [C, n]
-
-    def values(self, constants: Tensor, factors: Tensor) -> Tensor:
-        """Constants + factors · deviations, in place of these; nothing for channels that are not ready."""
-        if not self.whole:
-            self.deviations.masked_fill_(~self.ready, 0)
-            constants, factors = (each.masked_fill(~self.ready, NOTHING) for each in (constants, factors))
-        constants, factors = (each.to(self.deviations.dtype) for each in (constants, factors))
-        return torch.addcmul(constants, self.deviations, factors, out=self.deviations)
+    rows: Rows
 
 
 class ChannelUnits:
-    """A layer's channels all at once, in single precision, or in double where that is not enough.
+    """A layer's channels all at once: as rows, or by PyTorch in single precision, or in double.
 
-    What is computed is of w − μ, so that nothing cancels however far μ is from 0; it takes the memory of one layer.
+    What is computed is of w − μ, so that nothing cancels however far μ is from 0; there it takes a layer's memory.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, report: Report) -> None:
-        self._report = report
+    def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None:
+        self._terms, self._report = terms_of(kind), report
         counts = [len(weights) for weights in parameters.values()]
         goals = (torch.split(each.unsqueeze(1), counts) for each in (target.means, target.variances))
-        rows = zip(parameters.items(), *goals, strict=True)
-        self._layers = [_Layer(name, weights, *goal) for (name, weights), *goal in rows if weights.numel()]
+        self._layers = [
+            _Layer(name, weights, means, variances, Rows(weights, means[:, 0].numpy(), variances[:, 0].numpy(), kind))
+            for (name, weights), means, variances in zip(parameters.items(), *goals, strict=True)
+            if weights.numel()
+        ]
 
-    def add_gradient(self, terms: Terms, held: Held = None) -> None:
+    def add_gradient(self, s: float, held: Held = None) -> None:
         """See `Units`."""
-        for weights, update in self._updates(terms, held):
-            _add(gradient_of(weights), update.values(update.a, update.b), weights)
+        self._pull(s, held, into_gradient=True)
 
-    def move(self, terms: Terms, held: Held = None) -> None:
+    def move(self, s: float, held: Held = None) -> None:
         """See `Units`."""
-        for weights, update in self._updates(terms, held):
-            t = update.b - 1
-            near = t.abs() < 0.5  # then b is rounded as 1 + t, of which t would lose its digits
-            if near.all():
-                _add(weights, update.values(update.a, t), weights)
-                continue
-            constants = torch.where(near, update.a, update.a + update.means)
-            values = update.values(constants, torch.where(near, t, update.b))
-            far = (update.ready & ~near).reshape(-1, *[1] * (weights.ndim - 1))
-            weights.masked_fill_(far, NOTHING)
-            _add(weights, values, weights)
+        self._pull(s, held, into_gradient=False)
 
-    def _updates(self, terms: Terms, held: Held) -> Iterator[tuple[Tensor, _Update]]:
-        """Each layer that is to be written, with its update, if that can be made for any channel."""
+    def _pull(self, s: float, held: Held, *, into_gradient: bool) -> None:
         for layer in self._layers:
-            weights = layer.parameter
-            if not is_written(weights, held):
+            if not is_written(layer.parameter, held):
                 continue
-            update = self._update(layer, terms, single(weights.dtype))
-            if update is None:
-                update = self._update(layer, terms, torch.float64)
-            assert update is not None
-            if not update.whole:
-                self._report([channel_name(layer.name, i) for i in (~update.ready).nonzero()[:, 0].tolist()])
-            if update.whole or update.ready.any():
-                yield weights, update
+            left = layer.rows.pull(s, into_gradient=into_gradient)
+            if left is None:
+                self._pull_by_torch(layer, s, into_gradient=into_gradient)
+            elif left:
+                self._report_of(layer, torch.from_numpy(layer.rows.left))
 
-    def _update(self, layer: _Layer, terms: Terms, dtype: torch.dtype) -> _Update | None:
-        """None where this dtype is not enough: the squares of some channel overflow, or lose digits to underflow."""
+    @torch.no_grad()
+    def _pull_by_torch(self, layer: _Layer, s: float, *, into_gradient: bool) -> None:
+        weights = layer.parameter
+        found = self._change(layer, s, single(weights.dtype)) or self._change(layer, s, torch.float64)
+        assert found is not None
+        change, left = found
+        if left.any():
+            self._report_of(layer, left)
+            change.masked_fill_(left.unsqueeze(1), NOTHING)
+        if not left.all():
+            change = change.reshape(in_memory_order(weights).shape)
+            change = change.permute(0, 3, 1, 2) if lies_channels_last(weights) else change
+            (gradient_of(weights) if into_gradient else weights).add_(change)
+
+    def _change(self, layer: _Layer, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """What is to be added, [C, n] as the weights lie, and which channels are left alone, [C].
+
+        None where this dtype is not enough: the squares of some channel overflow, or lose digits to underflow.
+        """
         weights = layer.parameter
         means, variances, deviations = centred(in_memory_order(weights).reshape(len(weights), -1).to(dtype))
         if dtype != torch.float64:
@@ -113,14 +101,12 @@ class ChannelUnits:
             layer.target_variances.to(weights.device),
         )
         size = float(deviations.shape[1])
-        a, b = terms(torch.zeros_like(means), variances, target_means - means, target_variances, size)
+        a, b = self._terms(variances, target_means - means, target_variances, size, s)
         furthest = (size * variances).sqrt().clamp(min=1.0)  # no weight is further from the mean; and b has to fit too
-        fits = a.abs() + means.abs() + b.abs() * furthest <= torch.finfo(weights.dtype).max
+        fits = a.abs() + means.abs() + (1 + b.abs()) * furthest <= torch.finfo(weights.dtype).max
         ready = usable_mask(means, variances) & usable_mask(target_means, target_variances) & fits
-        return _Update(bool(ready.all()), ready, means, a, b, deviations)
+        change = torch.addcmul(a.to(dtype), deviations, b.to(dtype), out=deviations)
+        return change, ~ready[:, 0]
 
-
-def _add(target: Tensor, values: Tensor, weights: Tensor) -> None:
-    """Add values [C, n], in the order in which the weights lie, to a tensor of the weights' shape."""
-    values = values.reshape(in_memory_order(weights).shape)
-    target.add_(values.permute(0, 3, 1, 2) if lies_channels_last(weights) else values)
+    def _report_of(self, layer: _Layer, left: Tensor) -> None:
+        self._report([channel_name(layer.name, i) for i in left.nonzero()[:, 0].tolist()])

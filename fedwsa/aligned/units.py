@@ -1,15 +1,24 @@
 """What the units of every granularity share."""
 
+import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fedwsa.divergence import divergence_of
 from fedwsa.scope import WeightScope
 
 Terms = Callable[[Any, Any, Any, Any, Any], tuple[Any, Any]]
-"""Of a unit's mean, variance, target mean, target variance and n it makes (a, b), and the update is a + b w."""
+"""Of a unit's σ², μ_t − μ, σ_t², n and a strength it makes (a, b): what is added to w, or its gradient: a + b (w − μ).
+
+Counted from μ nothing cancels, however far μ is from 0.
+"""
+
+Kind = tuple[str, str]
+"""Names of a divergence and a mode."""
 
 Report = Callable[[list[str]], None]
 
@@ -21,15 +30,45 @@ LEAST = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (t
 
 
 class Units(Protocol):
-    """What `UNITS` holds: made of the target's parameters, the target, and whom to tell of degenerate units."""
+    """What `UNITS` holds: made of the target's parameters, the target, the kind, and whom to tell of degenerate units.
 
-    def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, report: Report) -> None: ...
+    What they are told to add is of the strength s.
+    """
 
-    def add_gradient(self, terms: Terms, held: Held = None) -> None:
-        """Add a + b w to `.grad`, which is made where there is none."""
+    def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None: ...
 
-    def move(self, terms: Terms, held: Held = None) -> None:
-        """Replace w by a + b w."""
+    def add_gradient(self, s: float, held: Held = None) -> None:
+        """Add to `.grad`, which is made where there is none."""
+
+    def move(self, s: float, held: Held = None) -> None:
+        """Add to the weights."""
+
+
+@cache
+def terms_of(kind: Kind, made: Callable[[Any], Any] = lambda formula: formula) -> Terms:
+    """Loss mode: s times the gradient. Proximal mode: what the proximal map changes, c = s.
+
+    made: what each formula goes through; they are plain enough to be compiled.
+    """
+    divergence, mode = kind
+    row = divergence_of(divergence, mode)
+    formula: Any = made(row.gradient if mode == "loss" else row.proximal)
+
+    def loss(variance: Any, apart: Any, target_variance: Any, size: Any, s: Any) -> tuple[Any, Any]:
+        a, b = formula(0.0, variance, apart, target_variance, size)
+        return s * a, s * b
+
+    def step(variance: Any, apart: Any, target_variance: Any, size: Any, s: Any) -> tuple[Any, Any]:
+        a, b = formula(0.0, variance, apart, target_variance, size, s)
+        return a, b - 1
+
+    terms: Terms = made(loss if mode == "loss" else step)
+    return terms
+
+
+def fits(largest: float, mean: float, variance: float, size: float, a: float, b: float) -> bool:
+    """Tell whether what comes out is finite: no weight is further from the mean than √(n σ²). And b has to be, too."""
+    return abs(a) + abs(mean) + (1 + abs(b)) * max(1.0, math.sqrt(size * variance)) <= largest
 
 
 def is_written(weights: Tensor, held: Held) -> bool:

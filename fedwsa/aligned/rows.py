@@ -1,0 +1,180 @@
+"""Units that lie in memory as rows: on the CPU each is measured and written by code that is compiled at its first use.
+
+A call takes two passes where PyTorch takes five and a dozen calls; on one thread. Beside it in this package stands what
+does the same elsewhere: on a card, in half precision, or where weights do not lie densely.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from fedwsa.aligned.units import Kind, fits, gradient_of, in_memory_order, terms_of
+from fedwsa.divergence import usable
+from fedwsa.scope import CLOSE
+
+Values = NDArray[np.float32] | NDArray[np.float64]
+Numbers = NDArray[np.float64]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """What is compiled for the types that it is called with; NaN and ∞ stay what they are."""
+    make = numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
+    return cast("Function", make(function))
+
+
+class Rows:
+    """A layer's units, float32 or float64 [C, n], and their targets, float64 [C].
+
+    left: which of them the last pull has left alone, [C].
+    """
+
+    __slots__ = ("_address", "_largest", "_pull", "_target", "_values", "_weights", "left")
+
+    def __init__(self, weights: Tensor, means: Numbers, variances: Numbers, kind: Kind) -> None:
+        self._weights, self._pull, self._target = weights, _pulling(kind), (means, variances)
+        self.left = np.zeros(len(means), dtype=bool)
+        self._find()
+
+    def _find(self) -> None:
+        self._address, self._values = self._weights.data_ptr(), rows_of(self._weights, len(self.left))
+        self._largest = torch.finfo(self._weights.dtype).max
+
+    def pull(self, s: float, *, into_gradient: bool) -> int | None:
+        """Add what the terms say to each row, or to its gradient; how many were left alone. None: it is not able to."""
+        weights = self._weights
+        if into_gradient:
+            return self._pull_gradient(s)
+        if self._address != weights.data_ptr():  # the parameter has been given other memory
+            self._find()
+        if self._values is None:
+            return None
+        number = self._pull(None, self._values, *self._target, s, self._largest, self.left)
+        increment_version(weights)
+        return number
+
+    def _pull_gradient(self, s: float) -> int | None:
+        weights, count = self._weights, len(self.left)
+        self._find()
+        if self._values is None:
+            return None
+        fresh = weights.grad is None
+        gradient = rows_beside(gradient_of(weights), weights, count)
+        if gradient is None:
+            return None
+        number = self._pull(gradient, self._values, *self._target, s, self._largest, self.left)
+        if fresh and number == count:
+            weights.grad = None
+        return number
+
+
+def rows_of(tensor: Tensor, count: int) -> Values | None:
+    """The elements in the order in which they lie, [count, n], shared; None if there is no code for such ones."""
+    if tensor.dtype not in (torch.float32, torch.float64) or type(tensor) not in (Tensor, nn.Parameter):
+        return None
+    ordered = in_memory_order(tensor.detach())
+    if not (ordered.is_cpu and ordered.is_contiguous()):
+        return None
+    rows: Values = ordered.view(count, -1).numpy()
+    return rows
+
+
+def rows_beside(gradient: Tensor, weights: Tensor, count: int) -> Values | None:
+    """As `rows_of`, of a tensor whose elements lie as the weights do; None too if they do not."""
+    alike = gradient.stride() == weights.stride() and gradient.dtype == weights.dtype
+    return rows_of(gradient, count) if alike else None
+
+
+@compiled
+def moments(row: Values) -> tuple[float, float]:
+    """As `fedwsa.scope.moments`, of one element at least."""
+    n = len(row)
+    total, squares = 0.0, 0.0
+    for i in range(n):
+        w = np.float64(row[i])
+        total += w
+        squares += w * w
+    mean, square = total / n, squares / n
+    if mean * mean < CLOSE * square < np.inf:
+        return mean, square - mean * mean
+    first = np.float64(row[0])
+    total, squares = 0.0, 0.0
+    for i in range(n):
+        total += row[i] - first
+    shift = total / n
+    for i in range(n):
+        deviation = (row[i] - first) - shift
+        squares += deviation * deviation
+    return first + shift, squares / n
+
+
+@compiled
+def in_dtype(row: Values, mean: float, a: float, b: float) -> tuple[Any, Any, Any]:
+    """The same a + b (w − mean) with numbers of the row's dtype; a takes what the mean is rounded by."""
+    dtype = row.dtype.type
+    origin = dtype(mean)
+    return origin, dtype(a + b * (np.float64(origin) - mean)), dtype(b)
+
+
+@compiled
+def move(row: Values, mean: float, std: float, a: float, b: float) -> None:
+    """Add a + b (w − mean) to the weights; std: their σ.
+
+    A long way goes in double precision, in single it would cancel.
+    """
+    if abs(a) > std or abs(b) > 0.5:
+        for i in range(len(row)):
+            row[i] += a + b * (row[i] - mean)
+        return
+    origin, constant, slope = in_dtype(row, mean, a, b)
+    for i in range(len(row)):
+        row[i] += constant + slope * (row[i] - origin)
+
+
+@compiled
+def add(row: Values, weights: Values, mean: float, a: float, b: float) -> None:
+    """Add a + b (w − mean) to other numbers, which may not overlap the weights."""
+    origin, constant, slope = in_dtype(weights, mean, a, b)
+    for i in range(len(row)):
+        row[i] += constant + slope * (weights[i] - origin)
+
+
+@cache
+def _pulling(kind: Kind) -> Callable[..., int]:
+    terms, there_is, fit = terms_of(kind, compiled), compiled(usable), compiled(fits)
+
+    @compiled
+    def pull(
+        gradient: Values | None,
+        values: Values,
+        target_means: Numbers,
+        target_variances: Numbers,
+        s: float,
+        largest: float,
+        left: NDArray[np.bool_],
+    ) -> int:
+        number, (count, n) = 0, values.shape
+        for c in range(count):
+            mean, variance = moments(values[c])
+            a, b = terms(variance, target_means[c] - mean, target_variances[c], float(n), s)
+            ready = there_is(mean, variance) and there_is(target_means[c], target_variances[c])
+            left[c] = not (ready and fit(largest, mean, variance, float(n), a, b))
+            number += left[c]
+            if left[c]:
+                continue
+            if gradient is None:
+                move(values[c], mean, math.sqrt(variance), a, b)
+            else:
+                add(gradient[c], values[c], mean, a, b)
+        return number
+
+    return pull
