@@ -162,7 +162,7 @@ def barrier_cells(found: Comparison) -> Cells:
             ("loss", "nats", curve.losses, 1, ".4f"),
             ("accuracy", "%", curve.accuracies, 100, ".2f"),
         ):
-            over = [(f"{factor * each.height:{form}}", f"{each.t:.3g}") for each in barriers[what].values()]
+            over = [_height_and_place(f"{factor * each.height:{form}}", each.t) for each in barriers[what].values()]
             row = [f"{factor * value:{form}}" for value in (values[0], values[-1])]
             rows.append((f"{name} {what} ({unit})", *row, *over[0], *over[1]))
     statistics = " BatchNorm's statistics are estimated anew at every t." if found.recalibrated else ""
@@ -173,6 +173,11 @@ def barrier_cells(found: Comparison) -> Cells:
     )
     header = ("", "A", "B", "barrier", "at t", "over the mean", "at t")
     return Cells(f"A: {found.a}\nB: {found.b}", header, tuple(rows), note)
+
+
+def _height_and_place(height: str, t: float) -> tuple[str, str]:
+    """What is 0 is so everywhere."""
+    return height, f"{t:.3g}" if float(height) else "–"
 
 
 def to_json(found: Comparison) -> bytes:

@@ -183,12 +183,21 @@ def test_table(both):
         for what in ("loss (nats)", "accuracy (%)")
     ]
     curve = both.curves[3]
-    (height, t), (over_mean, at) = curve.barriers()["loss"].values()
+    (height, _), (over_mean, at) = curve.barriers()["loss"].values()
     numbers = [f"{value:.4f}" for value in (curve.losses[0], curve.losses[-1], height)]
-    assert rows[6][1:] == [*numbers, f"{t:.3g}", f"{over_mean:.4f}", f"{at:.3g}"]
+    assert height == 0
+    assert over_mean > 0
+    assert rows[6][1:] == [*numbers, "–", f"{over_mean:.4f}", f"{at:.3g}"]
     assert rows[7][1] == f"{100 * curve.accuracies[0]:.2f}"
     assert f"200 training and {TEST_SAMPLES} test samples" in " ".join(text.split())
     assert "BatchNorm" not in text
+
+
+def test_no_barrier_is_nowhere(tmp_path):
+    model, _ = states("mlp")
+    for row in barrier_cells(found(tmp_path, model, model)).rows:
+        assert float(row[3]) == 0
+        assert (row[4], row[6]) == ("–", "–")
 
 
 def test_file_holds_all_that_was_measured(both):

@@ -33,13 +33,13 @@ class _Layer:
     parameter: Tensor
     rows: Rows
     target: tuple[Tensor, Tensor]
-    goals: Tensor = torch.empty(0)
+    goals: Tensor | None = None
     kind: tuple[torch.device, torch.dtype] | None = None
 
     def goals_here(self) -> Tensor:
         """Of each channel μ_t, σ_t², n and the dtype's largest number, [C, 4], where the parameter is now."""
         weights = self.parameter
-        if self.kind != (weights.device, weights.dtype):
+        if self.goals is None or self.kind != (weights.device, weights.dtype):
             means, variances = self.target
             size, largest = weights.numel() / len(weights), torch.finfo(weights.dtype).max
             columns = means, variances, torch.full_like(means, size), torch.full_like(means, largest)
