@@ -6,8 +6,10 @@ two sums and one affine update per layer (`fedwsa.aligned`).
 
 import logging
 import math
-from collections.abc import Iterable
-from typing import Any, Literal
+import sys
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +24,23 @@ _LOG = logging.getLogger("fedwsa")
 
 SAFE = 0.5
 """Share of the stability bound that a relative strength may reach, since the task's curvature comes on top. Ours."""
+
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def _untraced(method: Method) -> Method:
+    """A method that `torch.compile` leaves alone, or it would trace Numba's compiler; it is not imported for that."""
+    disabled: Any = None
+
+    @wraps(method)
+    def call(*args: Any) -> None:
+        nonlocal disabled
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
+        (disabled or method)(*args)
+
+    return cast("Method", call)
 
 
 class WeightScopeRegularizer:
@@ -71,7 +90,7 @@ class WeightScopeRegularizer:
         self._parameters = _named_by(target, dict(named_parameters), granularity)
         self._reduction = reduction
         self._share = 1 / max(1, len(target.names)) if reduction == "mean" else 1.0
-        self._strength = strength * self._share  # λ per layer
+        self._strength = float(strength) * self._share  # λ per layer
         self._reported: set[str] = set()
         self._units: Units = UNITS[granularity](self._parameters, target, (divergence, mode), self._report)
 
@@ -99,9 +118,13 @@ class WeightScopeRegularizer:
         ValueError. Does nothing in proximal mode.
         """
         _check_rate(learning_rate)
-        strength = self._strength * learning_rate
+        strength = self._strength * float(learning_rate)
         if self.mode == "loss" and strength:
-            self._units.move(-strength)
+            self._descend(strength)
+
+    @_untraced
+    def _descend(self, strength: float) -> None:
+        self._units.move(-strength)
 
     def proximal_step(self, learning_rate: float, momentum: float = 0.0) -> None:
         """Proximal mode: replace the weights by the minimiser of ½‖w′ − w‖² + c R(w′), c = η λ/(1 − β).
@@ -195,15 +218,17 @@ class WeightScopeRegularizer:
     def _held_by(self, group: dict[str, Any]) -> set[int]:
         return {id(parameter) for parameter in group["params"]} & {id(each) for each in self._parameters.values()}
 
+    @_untraced
     def _add_gradient(self, held: Held, sign: float = 1.0) -> None:
         if self._strength:
             self._units.add_gradient(sign * self._strength, held)
 
+    @_untraced
     def _proximal_step(self, held: Held, learning_rate: float, momentum: float) -> None:
         _check_rate(learning_rate)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
-        if c := learning_rate * self._strength / (1 - momentum):
+        if c := float(learning_rate) * self._strength / (1 - momentum):
             self._units.move(c, held)
 
     def _counted(self) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ KINDS = [  # divergence, mode
     ("wasserstein", "proximal"),
 ]
 STEP = 0.1
+MODES = pytest.mark.parametrize("kind", [("forward-kl", "loss"), ("forward-kl", "proximal")])
 
 
 def drawn(*shape: int, mean: float = 0.3, std: float = 1.0, seed: int = 0) -> Tensor:
@@ -88,7 +92,7 @@ def test_moments_of_what_is_not_finite_are_not(odd):
     assert not all(math.isfinite(number) for number in rows.moments(np.array([1.0, odd, 2.0], dtype=np.float32)))
 
 
-@pytest.mark.parametrize("kind", [("forward-kl", "loss"), ("forward-kl", "proximal")])
+@MODES
 def test_autograd_learns_that_weights_have_changed(kind):
     weights = nn.Parameter(drawn(4, 5).float())
     kept = (weights * weights).sum()
@@ -99,20 +103,135 @@ def test_autograd_learns_that_weights_have_changed(kind):
         kept.backward()
 
 
-@pytest.mark.parametrize("kind", [("forward-kl", "loss"), ("forward-kl", "proximal")])
+def stepped(weights: nn.Parameter, term: WeightScopeRegularizer) -> Tensor:
+    term.descend(STEP)
+    term.proximal_step(STEP)
+    return weights.detach()
+
+
+@MODES
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_parameters_may_be_given_other_memory(granularity, kind):
-    """By `.data`, by `load_state_dict(assign=True)`, or by a copy of model and term together."""
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_parameters_may_be_given_other_memory(granularity, kind, copied):
+    """Of the parameter that was, of a copy of it, and of what was the original's."""
     weights = nn.Parameter(drawn(4, 5))
     term = regularizer(weights, granularity, kind)
+    other, its_term = copied((weights, term))
     weights.data = drawn(4, 5, seed=3)
-    other = copy.deepcopy((weights, term))
-    expected = regularizer(scattered(weights.detach()), granularity, kind)
-    (reference,) = expected._parameters.values()
-    for tensor, its_term in ((reference, expected), (weights, term), other):
-        its_term.descend(STEP)
-        its_term.proximal_step(STEP)
-        torch.testing.assert_close(tensor.detach(), reference.detach())
+    expected = scattered(weights.detach())
+    stepped(expected, regularizer(expected, granularity, kind))
+    other.data = weights.data
+    torch.testing.assert_close(stepped(other, its_term), expected.detach())
+    weights.data = drawn(4, 5, seed=3)
+    torch.testing.assert_close(stepped(weights, term), expected.detach())
+
+
+@MODES
+def test_weights_may_lie_otherwise_in_the_same_memory(kind):
+    weights = nn.Parameter(drawn(5, 5))
+    term = regularizer(weights, "channel", kind)
+    stepped(weights, term)
+    weights.data = weights.data.t()
+    expected = scattered(weights.detach())
+    stepped(expected, regularizer(expected, "channel", kind))
+    torch.testing.assert_close(stepped(weights, term), expected.detach())
+
+
+@MODES
+def test_what_is_no_longer_the_parameters_is_not_written(kind):
+    weights = nn.Parameter(drawn(6, 5))
+    everything, before = weights.data, weights.detach().clone()
+    term = regularizer(weights, "layer", kind)
+    weights.data = everything[:3]
+    stepped(weights, term)
+    assert torch.equal(everything[3:], before[3:])
+    assert not torch.equal(everything[:3], before[:3])
+
+
+def test_the_target_is_the_one_that_was_given():
+    weights, target = nn.Parameter(drawn(4, 5)), measure({"a": drawn(4, 5, seed=1)})
+    term = WeightScopeRegularizer([("a", weights)], target, mode="proximal", strength=1e9)
+    kept = target.means.clone()
+    target.means.fill_(7.0)
+    stepped(weights, term)
+    torch.testing.assert_close(measure({"a": weights}).means, kept)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_autograd_learns_that_gradients_have_changed(granularity):
+    weights = nn.Parameter(drawn(4, 5))
+    (weights**3).sum().backward(create_graph=True)
+    kept = weights.grad.square().sum()
+    regularizer(weights, granularity, ("forward-kl", "loss")).add_gradient()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_weights_that_are_left_alone_have_not_changed_for_autograd(granularity):
+    weights = nn.Parameter(torch.full((3, 4), 0.5))
+    kept = (weights * weights).sum()
+    stepped(weights, regularizer(weights, granularity, ("forward-kl", "proximal")))
+    kept.backward()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_gradient_may_be_added_to_where_the_weights_are_near_the_end_of_their_dtype(granularity):
+    """√(n σ²) is more than a float16 holds, the gradient is not."""
+    weights = nn.Parameter(drawn(4, 60_000, std=200.0).half())
+    regularizer(weights, granularity, ("forward-kl", "loss")).add_gradient()
+    assert weights.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_numbers_may_be_tensors(granularity):
+    weights, other = nn.Parameter(drawn(4, 5)), nn.Parameter(drawn(4, 5))
+    regularizer(weights, granularity, ("forward-kl", "proximal")).proximal_step(torch.tensor(STEP))
+    regularizer(other, granularity, ("forward-kl", "proximal")).proximal_step(float(torch.tensor(STEP)))
+    assert torch.equal(weights, other)
+
+
+def test_a_gradient_may_be_stored_negated():
+    weights = nn.Parameter(drawn(4, 5))
+    weights.grad = torch._neg_view(drawn(4, 5, seed=2))
+    other = nn.Parameter(drawn(4, 5))
+    term = regularizer(other, "layer", ("forward-kl", "loss"))
+    term.add_gradient()
+    expected = other.grad - drawn(4, 5, seed=2)
+    regularizer(weights, "layer", ("forward-kl", "loss")).add_gradient()
+    torch.testing.assert_close(weights.grad.resolve_neg(), expected)
+
+
+COMPILED = """
+import sys
+import torch
+from fedwsa.regularizer import WeightScopeRegularizer
+from fedwsa.scope import WeightScope
+
+def trained(mode, compile):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(5, 6)
+    target = WeightScope(("weight",), torch.zeros(1).double(), torch.ones(1).double())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    WeightScopeRegularizer(layer.named_parameters(), target, mode=mode, strength=3.0).attach(optimizer)
+    def step():
+        optimizer.zero_grad()
+        layer(torch.ones(3, 5)).square().mean().backward()
+        optimizer.step()
+    step = torch.compile(step, backend="eager") if compile else step
+    step(), step()
+    return layer.weight
+
+assert torch.equal(trained(sys.argv[1], True), trained(sys.argv[1], False))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("mode", ["loss", "proximal"])
+def test_a_step_under_torch_compile_is_the_same_step(mode):
+    """In a new process: there PyTorch's compiler would meet Numba's at work."""
+    run = subprocess.run([sys.executable, "-c", COMPILED, mode], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -55,13 +55,13 @@ class ChannelUnits:
     """A layer's channels all at once: as rows; or by PyTorch, in double precision, which takes a layer's memory."""
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None:
-        self._terms, self._report = terms_of(kind), report
+        self._kind, self._report = kind, report
         self._layers: list[_Layer] = []
         counts = [len(weights) for weights in parameters.values()]
-        goals = (torch.split(each, counts) for each in (target.means, target.variances))
+        goals = (torch.split(each.detach().clone(), counts) for each in (target.means, target.variances))
         for (name, weights), means, variances in zip(parameters.items(), *goals, strict=True):
             if weights.numel():
-                rows = Rows(weights, means.numpy(), variances.numpy(), kind)
+                rows = Rows(weights, means, variances, kind)
                 self._layers.append(_Layer(name, weights, rows, (means, variances)))
 
     def add_gradient(self, s: float, held: Held = None) -> None:
@@ -90,10 +90,10 @@ class ChannelUnits:
         moments = [torch.var_mean(each.values(), 1, correction=0) for each in layers]
         variances, means = (torch.cat([pair[part] for pair in moments]) for part in (0, 1))
         target_means, target_variances, sizes, largest = torch.cat([each.goals_here() for each in layers]).unbind(1)
-        a, b = self._terms(variances, target_means - means, target_variances, sizes, s)
-        furthest = (sizes * variances).sqrt().clamp(min=1.0)  # see `units.fits`
-        fits = a.abs() + means.abs() + (1 + b.abs()) * furthest <= largest
-        left = ~(usable_mask(means, variances) & usable_mask(target_means, target_variances) & fits)
+        a, b = terms_of(self._kind)(variances, target_means - means, target_variances, sizes, s)
+        reach = (sizes * variances).sqrt()  # see `units.fits`
+        most = a.abs() + b.abs() * reach.clamp(min=1.0) + (0 if into_gradient else means.abs() + reach)
+        left = ~(usable_mask(means, variances) & usable_mask(target_means, target_variances) & (most <= largest))
         counts = [len(each.parameter) for each in layers]
         parts = zip(*(torch.split(each.unsqueeze(1), counts) for each in (means, a, b, left)), strict=True)
         numbers = []

@@ -40,14 +40,13 @@ class LayerUnits:
     """Each layer a unit."""
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None:
-        self._terms, self._report = terms_of(kind), report
+        self._kind, self._report = kind, report
         self._layers: list[_Layer] = []
         unusable = []
-        means, variances = target.means.numpy(), target.variances.numpy()
         goals = zip(target.means.tolist(), target.variances.tolist(), strict=True)
         for i, ((name, parameter), goal) in enumerate(zip(parameters.items(), goals, strict=True)):
             if usable(*goal) and parameter.numel() > 1:
-                unit = rows.Rows(parameter, means[i : i + 1], variances[i : i + 1], kind)
+                unit = rows.Rows(parameter, target.means[i : i + 1], target.variances[i : i + 1], kind)
                 self._layers.append(_Layer(name, parameter, *goal, unit))
             else:
                 unusable.append(name)
@@ -71,15 +70,15 @@ class LayerUnits:
                 elif left:
                     self._report([layer.name])
         if others:
-            _write(self._updates(others, s), into_gradient=into_gradient)
+            _write(self._updates(others, s, into_gradient=into_gradient), into_gradient=into_gradient)
 
-    def _updates(self, layers: Sequence[_Layer], s: float) -> Iterator[_Update]:
+    def _updates(self, layers: Sequence[_Layer], s: float, *, into_gradient: bool) -> Iterator[_Update]:
         """Of each layer whose update can be made."""
         for layer, (mean, variance) in zip(layers, _moments([each.parameter for each in layers]), strict=True):
             weights, size = layer.parameter, float(layer.parameter.numel())
             if usable(mean, variance):
-                a, b = self._terms(variance, layer.target_mean - mean, layer.target_variance, size, s)
-                if fits(torch.finfo(weights.dtype).max, mean, variance, size, a, b):
+                a, b = terms_of(self._kind)(variance, layer.target_mean - mean, layer.target_variance, size, s)
+                if fits(torch.finfo(weights.dtype).max, mean, variance, size, a, b, moves=not into_gradient):
                     yield _Update(weights, mean, math.sqrt(variance), a, b)
                     continue
             self._report([layer.name])
@@ -89,7 +88,7 @@ class ModelUnit:
     """All weights that train are one unit; frozen ones do not count."""
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None:
-        self._terms, self._report, self._names = terms_of(kind), report, list(target.names)
+        self._kind, self._report, self._names = kind, report, list(target.names)
         self._parameters = [weights for weights in parameters.values() if weights.numel()]
         self._target = (target.means.item(), target.variances.item()) if parameters else (0.0, 0.0)
         if not usable(*self._target):
@@ -97,23 +96,23 @@ class ModelUnit:
 
     def add_gradient(self, s: float, held: Held = None) -> None:
         """See `Units`."""
-        _write(self._updates(s, held), into_gradient=True)
+        _write(self._updates(s, held, into_gradient=True), into_gradient=True)
 
     def move(self, s: float, held: Held = None) -> None:
         """See `Units`."""
-        _write(self._updates(s, held), into_gradient=False)
+        _write(self._updates(s, held, into_gradient=False), into_gradient=False)
 
     @torch.no_grad()
-    def _updates(self, s: float, held: Held) -> list[_Update]:
+    def _updates(self, s: float, held: Held, *, into_gradient: bool) -> list[_Update]:
         """Of each tensor to be written."""
         training = [weights for weights in self._parameters if weights.requires_grad]
         if not training or not usable(*self._target):
             return []
         mean, variance, size = _pooled(training)
         if usable(mean, variance):
-            a, b = self._terms(variance, self._target[0] - mean, self._target[1], size, s)
+            a, b = terms_of(self._kind)(variance, self._target[0] - mean, self._target[1], size, s)
             largest = min(torch.finfo(weights.dtype).max for weights in training)
-            if fits(largest, mean, variance, size, a, b):
+            if fits(largest, mean, variance, size, a, b, moves=not into_gradient):
                 std = math.sqrt(variance)
                 return [_Update(weights, mean, std, a, b) for weights in training if is_written(weights, held)]
         self._report(self._names)
@@ -168,11 +167,12 @@ def _write(updates: Iterable[_Update], *, into_gradient: bool) -> None:
         if values is None or beside is None:
             # In double precision and rounded once: half precision would be rounded at each call.
             target.add_(weights.to(torch.float64, copy=True).sub_(mean).mul_(b).add_(a))
-        elif into_gradient:
-            rows.add(beside[0], values[0], mean, a, b)
         else:
-            rows.move(values[0], mean, std, a, b)
-            increment_version(weights)
+            if into_gradient:
+                rows.add(beside[0], values[0], mean, a, b)
+            else:
+                rows.move(values[0], mean, std, a, b)
+            increment_version(target)
     if together:
         targets, all_weights, constants, slopes = zip(*together, strict=True)
         terms = torch._foreach_mul(all_weights, slopes)

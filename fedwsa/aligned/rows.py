@@ -38,51 +38,60 @@ class Rows:
     left: which of them the last pull has left alone, [C].
     """
 
-    __slots__ = ("_address", "_largest", "_pull", "_target", "_values", "_weights", "left")
-
-    def __init__(self, weights: Tensor, means: Numbers, variances: Numbers, kind: Kind) -> None:
-        self._weights, self._pull, self._target = weights, _pulling(kind), (means, variances)
+    def __init__(self, weights: Tensor, means: Tensor, variances: Tensor, kind: Kind) -> None:
+        self._weights, self._kind = weights, kind
+        self._target = means.detach().numpy().copy(), variances.detach().numpy().copy()
         self.left = np.zeros(len(means), dtype=bool)
         self._find()
 
     def _find(self) -> None:
-        self._address, self._values = self._weights.data_ptr(), rows_of(self._weights, len(self.left))
-        self._largest = torch.finfo(self._weights.dtype).max
+        weights = self._weights
+        self._place = weights.data_ptr(), weights.shape, weights.stride(), weights.dtype
+        self._values, self._largest = rows_of(weights, len(self.left)), torch.finfo(weights.dtype).max
+        self._pull = _pulling(self._kind)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process and these weights' memory."""
+        return {key: self.__dict__[key] for key in ("_weights", "_kind", "_target", "left")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find()
 
     def pull(self, s: float, *, into_gradient: bool) -> int | None:
-        """Add what the terms say to each row, or to its gradient; how many were left alone. None: it is not able to."""
-        weights = self._weights
-        if into_gradient:
-            return self._pull_gradient(s)
-        if self._address != weights.data_ptr():  # the parameter has been given other memory
+        """Add what the terms say to each row, or to its gradient; how many were left alone.
+
+        None, and nothing is done, where weights or gradient are not what there is compiled code for.
+        """
+        weights, count = self._weights, len(self.left)
+        if self._place != (weights.data_ptr(), weights.shape, weights.stride(), weights.dtype):
             self._find()
         if self._values is None:
             return None
-        number = self._pull(None, self._values, *self._target, s, self._largest, self.left)
-        increment_version(weights)
-        return number
-
-    def _pull_gradient(self, s: float) -> int | None:
-        weights, count = self._weights, len(self.left)
-        self._find()
-        if self._values is None:
-            return None
+        if not into_gradient:
+            number = self._pull(None, self._values, *self._target, s, self._largest, self.left)
+            if number < count:
+                increment_version(weights)
+            return number
         fresh = weights.grad is None
-        gradient = rows_beside(gradient_of(weights), weights, count)
-        if gradient is None:
+        gradient = gradient_of(weights)
+        target = rows_beside(gradient, weights, count)
+        if target is None:
             return None
-        number = self._pull(gradient, self._values, *self._target, s, self._largest, self.left)
-        if fresh and number == count:
+        number = self._pull(target, self._values, *self._target, s, self._largest, self.left)
+        if number < count:
+            increment_version(gradient)
+        elif fresh:
             weights.grad = None
         return number
 
 
 def rows_of(tensor: Tensor, count: int) -> Values | None:
-    """The elements in the order in which they lie, [count, n], shared; None if there is no code for such ones."""
+    """The elements in the order in which they lie, [count, n], shared; None if there is no compiled code for such."""
     if tensor.dtype not in (torch.float32, torch.float64) or type(tensor) not in (Tensor, nn.Parameter):
         return None
     ordered = in_memory_order(tensor.detach())
-    if not (ordered.is_cpu and ordered.is_contiguous()):
+    if not (ordered.is_cpu and ordered.is_contiguous() and ordered.numel()) or ordered.is_neg():
         return None
     rows: Values = ordered.view(count, -1).numpy()
     return rows
@@ -142,7 +151,7 @@ def move(row: Values, mean: float, std: float, a: float, b: float) -> None:
 
 @compiled
 def add(row: Values, weights: Values, mean: float, a: float, b: float) -> None:
-    """Add a + b (w − mean) to other numbers, which may not overlap the weights."""
+    """Add a + b (w − mean) to other numbers, whose memory is not a part of the weights'."""
     origin, constant, slope = in_dtype(weights, mean, a, b)
     for i in range(len(row)):
         row[i] += constant + slope * (weights[i] - origin)
@@ -167,7 +176,7 @@ def _pulling(kind: Kind) -> Callable[..., int]:
             mean, variance = moments(values[c])
             a, b = terms(variance, target_means[c] - mean, target_variances[c], float(n), s)
             ready = there_is(mean, variance) and there_is(target_means[c], target_variances[c])
-            left[c] = not (ready and fit(largest, mean, variance, float(n), a, b))
+            left[c] = not (ready and fit(largest, mean, variance, float(n), a, b, gradient is None))
             number += left[c]
             if left[c]:
                 continue

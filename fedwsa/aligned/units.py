@@ -23,7 +23,7 @@ Kind = tuple[str, str]
 Report = Callable[[list[str]], None]
 
 Held = set[int] | None
-"""Ids of the parameters that are to be written; None: all. Frozen parameters never are."""
+"""Ids of the parameters that are to be written; None: all. Frozen parameters are never written."""
 
 LEAST = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 """Variances below which the squares of some weights lose digits to underflow, by the dtype that they are made in."""
@@ -32,7 +32,7 @@ LEAST = {dtype: torch.finfo(dtype).tiny / torch.finfo(dtype).eps for dtype in (t
 class Units(Protocol):
     """What `UNITS` holds: made of the target's parameters, the target, the kind, and whom to tell of degenerate units.
 
-    What they are told to add is of the strength s.
+    What they are told to add is what the terms make of s, which is negative to descend.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None: ...
@@ -66,9 +66,10 @@ def terms_of(kind: Kind, made: Callable[[Any], Any] = lambda formula: formula) -
     return terms
 
 
-def fits(largest: float, mean: float, variance: float, size: float, a: float, b: float) -> bool:
-    """Tell whether what comes out is finite: no weight is further from the mean than √(n σ²). And b has to be, too."""
-    return abs(a) + abs(mean) + (1 + abs(b)) * max(1.0, math.sqrt(size * variance)) <= largest
+def fits(largest: float, mean: float, variance: float, size: float, a: float, b: float, moves: bool) -> bool:
+    """Tell whether b and a + b (w − μ) are finite in a dtype, and w moved by it: no |w − μ| is more than √(n σ²)."""
+    reach = math.sqrt(size * variance)
+    return abs(a) + abs(b) * max(1.0, reach) + (abs(mean) + reach if moves else 0.0) <= largest
 
 
 def is_written(weights: Tensor, held: Held) -> bool:
