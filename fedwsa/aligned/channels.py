@@ -61,7 +61,7 @@ class ChannelUnits:
         goals = (torch.split(each.detach().clone(), counts) for each in (target.means, target.variances))
         for (name, weights), means, variances in zip(parameters.items(), *goals, strict=True):
             if weights.numel():
-                rows = Rows(weights, means, variances, kind)
+                rows = Rows(weights, means.tolist(), variances.tolist(), kind)
                 self._layers.append(_Layer(name, weights, rows, (means, variances)))
 
     def add_gradient(self, s: float, held: Held = None) -> None:
@@ -76,11 +76,11 @@ class ChannelUnits:
         others: dict[torch.device, list[_Layer]] = {}
         for layer in self._layers:
             if is_written(layer.parameter, held):
-                number = layer.rows.pull(s, into_gradient=into_gradient)
+                number = layer.rows.pull(s, into_gradient)
                 if number is None:
                     others.setdefault(layer.parameter.device, []).append(layer)
                 elif number:
-                    self._report_of(layer, torch.from_numpy(layer.rows.left))
+                    self._report_of(layer, layer.rows.left)
         for layers in others.values():
             self._pull_by_torch(layers, s, into_gradient=into_gradient)
 

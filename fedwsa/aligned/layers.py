@@ -43,11 +43,11 @@ class LayerUnits:
         self._kind, self._report = kind, report
         self._layers: list[_Layer] = []
         unusable = []
-        goals = zip(target.means.tolist(), target.variances.tolist(), strict=True)
-        for i, ((name, parameter), goal) in enumerate(zip(parameters.items(), goals, strict=True)):
-            if usable(*goal) and parameter.numel() > 1:
-                unit = rows.Rows(parameter, target.means[i : i + 1], target.variances[i : i + 1], kind)
-                self._layers.append(_Layer(name, parameter, *goal, unit))
+        goals = zip(parameters.items(), target.means.tolist(), target.variances.tolist(), strict=True)
+        for (name, parameter), mean, variance in goals:
+            if usable(mean, variance) and parameter.numel() > 1:
+                unit = rows.Rows(parameter, [mean], [variance], kind)
+                self._layers.append(_Layer(name, parameter, mean, variance, unit))
             else:
                 unusable.append(name)
         report(unusable)
@@ -64,7 +64,7 @@ class LayerUnits:
         others = []
         for layer in self._layers:
             if is_written(layer.parameter, held):
-                left = layer.rows.pull(s, into_gradient=into_gradient)
+                left = layer.rows.pull(s, into_gradient)
                 if left is None:
                     others.append(layer)
                 elif left:

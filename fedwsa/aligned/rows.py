@@ -5,7 +5,7 @@ does the same elsewhere: on a card, in half precision, or where weights do not l
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -33,53 +33,55 @@ def compiled(function: Function) -> Function:
 
 
 class Rows:
-    """A layer's units, float32 or float64 [C, n], and their targets, float64 [C].
+    """A layer's units, float32 or float64 [C, n], and their targets."""
 
-    left: which of them the last pull has left alone, [C].
-    """
-
-    def __init__(self, weights: Tensor, means: Tensor, variances: Tensor, kind: Kind) -> None:
+    def __init__(self, weights: Tensor, means: Sequence[float], variances: Sequence[float], kind: Kind) -> None:
         self._weights, self._kind = weights, kind
-        self._target = means.detach().numpy().copy(), variances.detach().numpy().copy()
-        self.left = np.zeros(len(means), dtype=bool)
+        # Of each unit μ_t, σ_t², and whether the last pull has left it alone.
+        self._goals = np.array([means, variances, [0.0] * len(means)])
         self._find()
+
+    @property
+    def left(self) -> Tensor:
+        """Those that the last pull has left alone, bool [C]."""
+        return torch.from_numpy(self._goals[2] > 0)
 
     def _find(self) -> None:
         weights = self._weights
         self._place = weights.data_ptr(), weights.shape, weights.stride(), weights.dtype
-        self._values, self._largest = rows_of(weights, len(self.left)), torch.finfo(weights.dtype).max
+        self._values, self._largest = rows_of(weights, self._goals.shape[1]), torch.finfo(weights.dtype).max
         self._pull = _pulling(self._kind)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process and these weights' memory."""
-        return {key: self.__dict__[key] for key in ("_weights", "_kind", "_target", "left")}
+        return {key: self.__dict__[key] for key in ("_weights", "_kind", "_goals")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._find()
 
-    def pull(self, s: float, *, into_gradient: bool) -> int | None:
+    def pull(self, s: float, into_gradient: bool) -> int | None:
         """Add what the terms say to each row, or to its gradient; how many were left alone.
 
         None, and nothing is done, where weights or gradient are not what there is compiled code for.
         """
-        weights, count = self._weights, len(self.left)
+        weights = self._weights
         if self._place != (weights.data_ptr(), weights.shape, weights.stride(), weights.dtype):
             self._find()
         if self._values is None:
             return None
         if not into_gradient:
-            number = self._pull(None, self._values, *self._target, s, self._largest, self.left)
-            if number < count:
+            number = self._pull(None, self._values, self._goals, s, self._largest)
+            if number < len(self._values):
                 increment_version(weights)
             return number
         fresh = weights.grad is None
         gradient = gradient_of(weights)
-        target = rows_beside(gradient, weights, count)
+        target = rows_beside(gradient, weights, len(self._values))
         if target is None:
             return None
-        number = self._pull(target, self._values, *self._target, s, self._largest, self.left)
-        if number < count:
+        number = self._pull(target, self._values, self._goals, s, self._largest)
+        if number < len(target):
             increment_version(gradient)
         elif fresh:
             weights.grad = None
@@ -162,23 +164,17 @@ def _pulling(kind: Kind) -> Callable[..., int]:
     terms, there_is, fit = terms_of(kind, compiled), compiled(usable), compiled(fits)
 
     @compiled
-    def pull(
-        gradient: Values | None,
-        values: Values,
-        target_means: Numbers,
-        target_variances: Numbers,
-        s: float,
-        largest: float,
-        left: NDArray[np.bool_],
-    ) -> int:
+    def pull(gradient: Values | None, values: Values, goals: Numbers, s: float, largest: float) -> int:
         number, (count, n) = 0, values.shape
         for c in range(count):
             mean, variance = moments(values[c])
-            a, b = terms(variance, target_means[c] - mean, target_variances[c], float(n), s)
-            ready = there_is(mean, variance) and there_is(target_means[c], target_variances[c])
-            left[c] = not (ready and fit(largest, mean, variance, float(n), a, b, gradient is None))
-            number += left[c]
-            if left[c]:
+            target_mean, target_variance = goals[0, c], goals[1, c]
+            a, b = terms(variance, target_mean - mean, target_variance, float(n), s)
+            ready = there_is(mean, variance) and there_is(target_mean, target_variance)
+            left = not (ready and fit(largest, mean, variance, float(n), a, b, gradient is None))
+            goals[2, c] = left
+            number += left
+            if left:
                 continue
             if gradient is None:
                 move(values[c], mean, math.sqrt(variance), a, b)
