@@ -106,9 +106,8 @@ class ChannelUnits:
             change = change.reshape(in_memory_order(weights).shape)
             change = change.permute(0, 3, 1, 2) if lies_channels_last(weights) else change
             (gradient_of(weights) if into_gradient else weights).add_(change)
-        for layer, number, left_here in zip(
-            layers, torch.stack(numbers).tolist(), torch.split(left, counts), strict=True
-        ):
+        found = torch.stack(numbers).tolist()  # Python waits for the card here alone
+        for layer, number, left_here in zip(layers, found, torch.split(left, counts), strict=True):
             if number:
                 self._report_of(layer, left_here)
 
