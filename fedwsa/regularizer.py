@@ -124,7 +124,7 @@ class WeightScopeRegularizer:
 
     @_untraced
     def _descend(self, strength: float) -> None:
-        self._units.move(-strength)
+        self._units.pull(-strength, None, into_gradient=False)
 
     def proximal_step(self, learning_rate: float, momentum: float = 0.0) -> None:
         """Proximal mode: replace the weights by the minimiser of ½‖w′ − w‖² + c R(w′), c = η λ/(1 − β).
@@ -221,7 +221,7 @@ class WeightScopeRegularizer:
     @_untraced
     def _add_gradient(self, held: Held, sign: float = 1.0) -> None:
         if self._strength:
-            self._units.add_gradient(sign * self._strength, held)
+            self._units.pull(sign * self._strength, held, into_gradient=True)
 
     @_untraced
     def _proximal_step(self, held: Held, learning_rate: float, momentum: float) -> None:
@@ -229,7 +229,7 @@ class WeightScopeRegularizer:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
         if c := float(learning_rate) * self._strength / (1 - momentum):
-            self._units.move(c, held)
+            self._units.pull(c, held, into_gradient=False)
 
     def _counted(self) -> dict[str, Tensor]:
         """The parameters that the units consist of."""

@@ -103,21 +103,10 @@ def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not tensor.numel():
         return tuple(torch.zeros(2, len(tensor), dtype=torch.float64, device=tensor.device))
-    means, variances, _ = centred(tensor.detach().to(torch.float64).reshape(len(tensor), -1))
-    return means.squeeze(1), variances.squeeze(1)
-
-
-def centred(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and population variances of rows [C, n], float64 [C, 1], and their deviations from the mean, [C, n] anew.
-
-    Computed in the rows' dtype; counted from the first element, so that a constant row has variance 0 exactly. n ≥ 1.
-    """
-    first = rows[:, :1]
-    deviations = rows - first
+    rows = tensor.detach().to(torch.float64).reshape(len(tensor), -1)
+    deviations = rows - rows[:, :1]
     shift = deviations.mean(1, keepdim=True)
-    deviations -= shift
-    variances = deviations.square().mean(1, keepdim=True)
-    return first.to(torch.float64) + shift.to(torch.float64), variances.to(torch.float64), deviations
+    return (rows[:, :1] + shift).squeeze(1), (deviations - shift).square().mean(1)
 
 
 def measure(

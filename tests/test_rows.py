@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cuda import COMBINATIONS
 from torch import Tensor, nn
 
 from fedwsa.aligned import rows
@@ -18,13 +19,6 @@ from fedwsa.granularity import GRANULARITIES
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import measure, moments
 
-KINDS = [  # divergence, mode
-    ("forward-kl", "loss"),
-    ("forward-kl", "proximal"),
-    ("reverse-kl", "loss"),
-    ("wasserstein", "loss"),
-    ("wasserstein", "proximal"),
-]
 STEP = 0.1
 MODES = pytest.mark.parametrize("kind", [("forward-kl", "loss"), ("forward-kl", "proximal")])
 
@@ -47,18 +41,22 @@ def regularizer(weights: nn.Parameter, granularity: str, kind: tuple[str, str]) 
     )
 
 
+def stepped(weights: nn.Parameter, term: WeightScopeRegularizer) -> Tensor:
+    term.descend(STEP)
+    term.proximal_step(STEP)
+    return weights.detach()
+
+
 def pulled(weights: nn.Parameter, granularity: str, kind: tuple[str, str]) -> tuple[Tensor, Tensor]:
     """Weights and gradient after a step of each sort."""
     weights.grad = drawn(*weights.shape, seed=2).to(weights)
     term = regularizer(weights, granularity, kind)
     term.add_gradient()
-    term.descend(STEP)
-    term.proximal_step(STEP)
-    return weights.detach(), weights.grad
+    return stepped(weights, term), weights.grad
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMBINATIONS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("mean", [0.3, 50.0])
 def test_weights_that_do_not_lie_densely_are_pulled_alike(granularity, kind, dtype, tolerance, mean):
@@ -96,17 +94,9 @@ def test_moments_of_what_is_not_finite_are_not(odd):
 def test_autograd_learns_that_weights_have_changed(kind):
     weights = nn.Parameter(drawn(4, 5).float())
     kept = (weights * weights).sum()
-    term = regularizer(weights, "layer", kind)
-    term.descend(STEP)
-    term.proximal_step(STEP)
+    stepped(weights, regularizer(weights, "layer", kind))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.backward()
-
-
-def stepped(weights: nn.Parameter, term: WeightScopeRegularizer) -> Tensor:
-    term.descend(STEP)
-    term.proximal_step(STEP)
-    return weights.detach()
 
 
 @MODES

@@ -34,16 +34,16 @@ class _Layer:
     rows: Rows
     target: tuple[Tensor, Tensor]
     goals: Tensor | None = None
-    kind: tuple[torch.device, torch.dtype] | None = None
+    place: tuple[torch.device, torch.dtype] | None = None
 
     def goals_here(self) -> Tensor:
         """Of each channel μ_t, σ_t², n and the dtype's largest number, [C, 4], where the parameter is now."""
         weights = self.parameter
-        if self.goals is None or self.kind != (weights.device, weights.dtype):
+        if self.goals is None or self.place != (weights.device, weights.dtype):
             means, variances = self.target
             size, largest = weights.numel() / len(weights), torch.finfo(weights.dtype).max
             columns = means, variances, torch.full_like(means, size), torch.full_like(means, largest)
-            self.goals, self.kind = torch.stack(columns, 1).to(weights.device), (weights.device, weights.dtype)
+            self.goals, self.place = torch.stack(columns, 1).to(weights.device), (weights.device, weights.dtype)
         return self.goals
 
     def values(self) -> Tensor:
@@ -64,15 +64,8 @@ class ChannelUnits:
                 rows = Rows(weights, means.tolist(), variances.tolist(), kind)
                 self._layers.append(_Layer(name, weights, rows, (means, variances)))
 
-    def add_gradient(self, s: float, held: Held = None) -> None:
+    def pull(self, s: float, held: Held, into_gradient: bool) -> None:
         """See `Units`."""
-        self._pull(s, held, into_gradient=True)
-
-    def move(self, s: float, held: Held = None) -> None:
-        """See `Units`."""
-        self._pull(s, held, into_gradient=False)
-
-    def _pull(self, s: float, held: Held, *, into_gradient: bool) -> None:
         others: dict[torch.device, list[_Layer]] = {}
         for layer in self._layers:
             if is_written(layer.parameter, held):
@@ -82,10 +75,10 @@ class ChannelUnits:
                 elif number:
                     self._report_of(layer, layer.rows.left)
         for layers in others.values():
-            self._pull_by_torch(layers, s, into_gradient=into_gradient)
+            self._pull_by_torch(layers, s, into_gradient)
 
     @torch.no_grad()
-    def _pull_by_torch(self, layers: Sequence[_Layer], s: float, *, into_gradient: bool) -> None:
+    def _pull_by_torch(self, layers: Sequence[_Layer], s: float, into_gradient: bool) -> None:
         """All that is of a channel is computed for the layers together, since a card is quicker than Python."""
         moments = [torch.var_mean(each.values(), 1, correction=0) for each in layers]
         variances, means = (torch.cat([pair[part] for pair in moments]) for part in (0, 1))

@@ -52,15 +52,8 @@ class LayerUnits:
                 unusable.append(name)
         report(unusable)
 
-    def add_gradient(self, s: float, held: Held = None) -> None:
+    def pull(self, s: float, held: Held, into_gradient: bool) -> None:
         """See `Units`."""
-        self._pull(s, held, into_gradient=True)
-
-    def move(self, s: float, held: Held = None) -> None:
-        """See `Units`."""
-        self._pull(s, held, into_gradient=False)
-
-    def _pull(self, s: float, held: Held, *, into_gradient: bool) -> None:
         others = []
         for layer in self._layers:
             if is_written(layer.parameter, held):
@@ -70,9 +63,9 @@ class LayerUnits:
                 elif left:
                     self._report([layer.name])
         if others:
-            _write(self._updates(others, s, into_gradient=into_gradient), into_gradient=into_gradient)
+            _write(self._updates(others, s, into_gradient), into_gradient)
 
-    def _updates(self, layers: Sequence[_Layer], s: float, *, into_gradient: bool) -> Iterator[_Update]:
+    def _updates(self, layers: Sequence[_Layer], s: float, into_gradient: bool) -> Iterator[_Update]:
         """Of each layer whose update can be made."""
         for layer, (mean, variance) in zip(layers, _moments([each.parameter for each in layers]), strict=True):
             weights, size = layer.parameter, float(layer.parameter.numel())
@@ -94,16 +87,12 @@ class ModelUnit:
         if not usable(*self._target):
             report(self._names)
 
-    def add_gradient(self, s: float, held: Held = None) -> None:
+    def pull(self, s: float, held: Held, into_gradient: bool) -> None:
         """See `Units`."""
-        _write(self._updates(s, held, into_gradient=True), into_gradient=True)
-
-    def move(self, s: float, held: Held = None) -> None:
-        """See `Units`."""
-        _write(self._updates(s, held, into_gradient=False), into_gradient=False)
+        _write(self._updates(s, held, into_gradient), into_gradient)
 
     @torch.no_grad()
-    def _updates(self, s: float, held: Held, *, into_gradient: bool) -> list[_Update]:
+    def _updates(self, s: float, held: Held, into_gradient: bool) -> list[_Update]:
         """Of each tensor to be written."""
         training = [weights for weights in self._parameters if weights.requires_grad]
         if not training or not usable(*self._target):
@@ -154,7 +143,7 @@ def _pooled(parameters: list[Tensor]) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def _write(updates: Iterable[_Update], *, into_gradient: bool) -> None:
+def _write(updates: Iterable[_Update], into_gradient: bool) -> None:
     """Add a + b (w − μ) to each tensor, or to its gradient; on a card mostly in three calls."""
     together = []
     for weights, mean, std, a, b in updates:

@@ -37,11 +37,8 @@ class Units(Protocol):
 
     def __init__(self, parameters: Mapping[str, Tensor], target: WeightScope, kind: Kind, report: Report) -> None: ...
 
-    def add_gradient(self, s: float, held: Held = None) -> None:
-        """Add to `.grad`, which is made where there is none."""
-
-    def move(self, s: float, held: Held = None) -> None:
-        """Add to the weights."""
+    def pull(self, s: float, held: Held, into_gradient: bool) -> None:
+        """Add to the weights, or to `.grad`, which is made where there is none."""
 
 
 @cache
