@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +20,8 @@ from fedwsa.divergence import divergence_of, usable_mask
 from fedwsa.granularity import units
 
 LayerPredicate = Callable[[str, Tensor], bool]
+T = TypeVar("T")
 VARIANCE_FUSIONS = ("mean", "mixture", "independent", "merged")
-
-CLOSE = 0.9
-"""Share of the mean square that μ² may have where σ² is taken as the difference of the two: a digit is lost at most."""
 
 
 def is_layer(name: str, tensor: Tensor) -> bool:
@@ -82,18 +82,15 @@ def moments(tensor: Tensor) -> tuple[float, float]:
 
     A constant tensor has variance 0 exactly. NaN or infinite if an element is.
     """
-    values = tensor.detach().to("cpu", torch.float64).reshape(-1)
-    n = values.numel()
-    if n == 0:
+    if not tensor.numel():
         return 0.0, 0.0
-    mean, square = values.sum().item() / n, torch.dot(values, values).item() / n
-    if mean * mean < CLOSE * square < math.inf:  # else the difference would lose too many digits
-        return mean, square - mean * mean
-    # Counting from the first element, not from 0, keeps rounding from giving a constant layer a variance.
-    deviations = values - values[0]
-    shift = deviations.mean()
-    deviations -= shift
-    return (values[0] + shift).item(), (torch.dot(deviations, deviations) / n).item()
+    values = tensor.detach() if tensor.dtype == torch.float32 else tensor.detach().to(torch.float64)
+    if type(values) is not Tensor:  # a subclass shows no numbers
+        variance, mean = torch.var_mean(values.to(torch.float64), correction=0)
+        return mean.item(), variance.item()
+    from fedwsa.loops import moments as moments_of  # its compiler takes half a second that others need not spend
+
+    return moments_of(np.ascontiguousarray(values.numpy(force=True)).reshape(-1))
 
 
 def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,15 +122,15 @@ def measure(
         pairs = [channel_moments(tensor) for tensor in layers.values()]
         empty = torch.empty(0, dtype=torch.float64)
         return WeightScope(names, *(torch.cat([empty, *(each.cpu() for each in part)]) for part in _unzipped(pairs)))
-    table = torch.tensor([moments(tensor) for tensor in layers.values()], dtype=torch.float64).reshape(-1, 2)
-    means, variances = table[:, 0].clone(), table[:, 1].clone()
+    parts = _unzipped([moments(tensor) for tensor in layers.values()])
+    means, variances = (torch.tensor(part, dtype=torch.float64) for part in parts)
     if granularity == "model" and layers:
         sizes = torch.tensor([tensor.numel() for tensor in layers.values()], dtype=torch.float64)
         means, variances = pooled(means, variances, sizes)
     return WeightScope(names, means, variances)
 
 
-def _unzipped(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+def _unzipped(pairs: Sequence[tuple[T, T]]) -> tuple[list[T], list[T]]:
     return [one for one, _ in pairs], [other for _, other in pairs]
 
 

@@ -31,8 +31,10 @@ def generator(seed: int, purpose: str, server_round: int = 0, partition_id: int 
 
 
 def torch_seed(seed: int, purpose: str, server_round: int = 0, partition_id: int = 0) -> int:
-    """Seed in [0, 2⁶³) for PyTorch, drawn from `generator` with the same arguments."""
-    return int(generator(seed, purpose, server_round, partition_id).integers(2**63))
+    """Seed in [0, 2⁶³) for PyTorch: what `generator` with the same arguments would draw first, without making it."""
+    numbers = [seed, PURPOSES.index(purpose), server_round, partition_id]
+    entropy = np.array(numbers, np.uint32) if max(numbers) < 2**32 else numbers  # the same to NumPy, and faster
+    return int(np.random.PCG64(entropy).random_raw()) >> 1
 
 
 def torch_generator(seed: int, purpose: str, server_round: int = 0, partition_id: int = 0) -> torch.Generator:

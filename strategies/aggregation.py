@@ -1,8 +1,7 @@
 """Sums over replies. What is summed can be done in parts and put together, by `fedwsa.simulation.folding`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -11,14 +10,13 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fedwsa import messages
-from fedwsa.arrays import as_type, record_of, view
+from fedwsa.arrays import as_type, is_plain, record_of, view
 from fedwsa.granularity import layer_of
 from fedwsa.scope import Scopes, WeightScope, fuse, scope_distance, scope_spread
 
 SCOPE_DISTANCE, TARGET_DISTANCE = "scope-distance", "target-distance"
 SCOPE_MEAN_SPREAD, SCOPE_STD_SPREAD = "scope-mean-spread", "scope-std-spread"
-STRETCH = 1 << 14  # numbers that are summed at a time: 128 KiB
-AT_ONCE = 8  # replies that are kept until they are summed
+AT_ONCE = 8  # replies that are kept until they are summed, a power of two
 
 
 def weight_of(metrics: MetricRecord) -> float:
@@ -42,29 +40,18 @@ class _Reply:
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Pair:
-    """Two terms, to be added in this order."""
-
-    one: "_Term"
-    other: "_Term"
-
-
-_Term = _Reply | _Pair | list[NDArray[np.float64]]  # the last: sums, an array each
-
-
 class MeanModel:
     """Σ w_k θ_k / Σ w_k, one model's memory whatever the cohort: float64 sums, the arrays' own types at the end.
 
     Integer arrays (counters) are averaged in float64 too and rounded to the nearest. Replies are not copied when they
-    are added but summed some at a time, a stretch that fits the processor's cache after the other: models do not.
+    are added but summed some at a time: models do not fit the processor's cache, and each pass over one counts.
     """
 
     def __init__(self) -> None:
         self.layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and type by name
         self.weight = 0.0
-        self._term: _Term | None = None
-        self._replies = 0  # in the term
+        self._replies: list[_Reply] = []  # that are not summed: 1, 2 or 4, to be added in pairs; none where there are
+        self._sums: list[NDArray[np.float64]] = []  # flat, an array each
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:
         """Raises ValueError naming what differs, where names or shapes do."""
@@ -72,35 +59,29 @@ class MeanModel:
         one = MeanModel()
         one.layout = {name: (value.shape, value.dtype) for name, value in values.items()}
         one.weight = weight
-        one._term = _Reply([value.reshape(-1) for value in values.values()], weight)
-        one._replies = 1
+        one._replies = [_Reply([value.reshape(-1) for value in values.values()], weight)]
         self.merge(one)
 
     def merge(self, later: "MeanModel") -> None:
         """Take over what another has summed; it is not used again. Raises ValueError as `add`."""
-        term = later._term
-        if term is None:
+        if not later.weight:
             return
-        if self._term is None:
-            self.layout, self.weight, self._term, self._replies = later.layout, later.weight, term, later._replies
+        if not self.weight:
+            self.__dict__.update(later.__dict__)
             return
         if list(self.layout) != list(later.layout):
-            term = later._ordered(list(self.layout))
+            later._put_in_order(list(self.layout))
         for name, (shape, _) in self.layout.items():
             if shape != later.layout[name][0]:
                 raise ValueError(f"{name}: shape {later.layout[name][0]}, others have {shape}")
         self.weight += later.weight
-        self._replies += later._replies
-        if isinstance(self._term, list):
-            self._replies = 0
-            self._term = [total if total.flags.writeable else total.copy() for total in self._term]
-            for total, values in zip(self._term, _stretches(term, len(self._term)), strict=True):
-                for stretch, part in values:
-                    total[stretch] += part
-        else:
-            self._term = _Pair(self._term, term)
-            if self._replies >= AT_ONCE or isinstance(term, list):
+        if len(self._replies) == len(later._replies) > 0:
+            self._replies += later._replies
+            if len(self._replies) == AT_ONCE:
                 self._settle()
+            return
+        pairs = zip(self._settle(), later._settle(), strict=True)
+        self._sums = [np.add(one, other, out=one if one.flags.writeable else None) for one, other in pairs]
 
     def record(self) -> ArrayRecord:
         """The mean of what was added."""
@@ -111,65 +92,44 @@ class MeanModel:
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels is the sums, or the one reply as it came, which is half as large."""
-        if self._replies > 1:
+        if len(self._replies) > 1:
             self._settle()
         return self.__dict__
 
     def _settle(self) -> list[NDArray[np.float64]]:
         """The sums, made now if they are not yet."""
-        if self._term is None:
-            return []
-        if not isinstance(self._term, list):
-            sums = [np.empty(prod(shape)) for shape, _ in self.layout.values()]
-            for total, values in zip(sums, _stretches(self._term, len(sums)), strict=True):
-                for stretch, part in values:
-                    total[stretch] = part
-            self._term, self._replies = sums, 0
-        return self._term
+        if self._replies:
+            weights = np.array([reply.weight for reply in self._replies], np.float64)
+            arrays = zip(*(reply.values for reply in self._replies), strict=True)
+            self._sums = [_sum_in_pairs(values, weights) for values in arrays]
+            self._replies = []
+        return self._sums
 
-    def _ordered(self, names: list[str]) -> _Term:
-        """The sums with the arrays in another order."""
+    def _put_in_order(self, names: list[str]) -> None:
         if unlike := set(names) ^ self.layout.keys():
             raise ValueError(f"array names differ: {sorted(unlike)}")
         sums = dict(zip(self.layout, self._settle(), strict=True))
-        return [sums[name] for name in names]
+        self.layout = {name: self.layout[name] for name in names}
+        self._sums = [sums[name] for name in names]
 
 
-def _stretches(term: _Term, arrays: int) -> Iterator[Iterator[tuple[slice, NDArray[np.float64]]]]:
-    """For each array the sums of its stretches, one after the other in the same memory."""
-    buffers: list[NDArray[np.float64]] = []
-    for number in range(arrays):
-        yield _stretches_of(term, number, buffers)
+def _sum_in_pairs(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Σ weights_k · values_k in float64, of a power of two of vectors; in one pass where there are 2 or 8 float32.
 
+    The numbers and the order of the additions are the same either way.
+    """
+    if len(values) == 1:
+        product: NDArray[np.float64] = values[0].astype(np.float64) * weights[0]
+        return product
+    if len(values) in (2, 8) and all(map(is_plain, values)):
+        from fedwsa import loops  # its compiler takes half a second that others need not spend
 
-def _stretches_of(
-    term: _Term, number: int, buffers: list[NDArray[np.float64]]
-) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    some = term
-    while isinstance(some, _Pair):
-        some = some.one
-    size = (some.values if isinstance(some, _Reply) else some)[number].size
-    for start in range(0, size, STRETCH):
-        stretch = slice(start, min(start + STRETCH, size))
-        yield stretch, _sum(term, number, stretch, buffers, 0)
-
-
-def _sum(
-    term: _Term, number: int, stretch: slice, buffers: list[NDArray[np.float64]], depth: int
-) -> NDArray[np.float64]:
-    """A stretch of one array of a term; in the buffer of this depth unless it is there already."""
-    if isinstance(term, list):
-        return term[number][stretch]
-    if len(buffers) == depth:
-        buffers.append(np.empty(STRETCH))
-    own = buffers[depth][: stretch.stop - stretch.start]
-    if isinstance(term, _Reply):
-        np.copyto(own, term.values[number][stretch])  # faster than a product of mixed types
-        own *= term.weight
-        return own
-    one = _sum(term.one, number, stretch, buffers, depth)
-    np.add(one, _sum(term.other, number, stretch, buffers, depth + 1), out=own)
-    return own
+        total = np.empty(len(values[0]))
+        (loops.sum_of_2 if len(values) == 2 else loops.sum_of_8)(total, tuple(values), weights)
+        return total
+    half = len(values) // 2
+    one, other = _sum_in_pairs(values[:half], weights[:half]), _sum_in_pairs(values[half:], weights[half:])
+    return np.add(one, other, out=one)
 
 
 class MeanMetrics:

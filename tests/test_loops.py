@@ -1,0 +1,91 @@
+"""The compiled loops, against exact arithmetic and NumPy."""
+
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedwsa import loops
+
+ODD = pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+quick = settings(max_examples=100, deadline=None)
+
+
+@quick
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40),
+    st.sampled_from([0.0, 1.0, 1e4]),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_moments_agree_with_exact_arithmetic(numbers, shift, dtype):
+    row = (np.array(numbers) + shift).astype(dtype)
+    exact = [Fraction(number) for number in row.tolist()]
+    mean = sum(exact) / len(exact)
+    variance = sum((number - mean) ** 2 for number in exact) / len(exact)
+    found = loops.moments(row)
+    assert found == pytest.approx((float(mean), float(variance)), rel=1e-9, abs=1e-9 * float(mean) ** 2)
+    assert (found[1] == 0) == (variance == 0)
+
+
+@ODD
+@pytest.mark.parametrize("length", [3, 1000])
+def test_moments_of_what_is_not_finite_are_not(odd, length):
+    row = np.ones(length, np.float32)
+    row[1] = odd
+    assert not all(math.isfinite(number) for number in loops.moments(row))
+
+
+@quick
+@given(st.data(), st.sampled_from([(2, loops.sum_of_2), (8, loops.sum_of_8)]), st.integers(0, 70))
+def test_sums_are_numpys_to_the_last_bit(data, some, length):
+    count, add = some
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    rows = tuple(
+        (rng.normal(size=length) * 10.0 ** rng.integers(-20, 20, length)).astype(np.float32) for _ in range(count)
+    )
+    weights = rng.uniform(0.1, 1e6, count)
+    terms = [row.astype(np.float64) * weight for row, weight in zip(rows, weights, strict=True)]
+    while len(terms) > 1:
+        terms = [one + other for one, other in zip(terms[::2], terms[1::2], strict=True)]
+    total = np.empty(length)
+    for row in rows:
+        row.flags.writeable = False  # as what comes through a socket is
+    add(total, rows, weights)
+    assert total.tobytes() == terms[0].tobytes()
+
+
+@ODD
+@given(st.integers(1, 100), st.data())
+@quick
+def test_one_number_that_is_not_finite_is_found_wherever_it_stands(odd, length, data):
+    row = np.full(length, np.finfo(np.float32).max)
+    assert loops.all_finite(row)
+    row[data.draw(st.integers(0, length - 1))] = odd
+    assert not loops.all_finite(row)
+
+
+@pytest.mark.process
+def test_they_compile_where_no_folder_takes_the_machine_code(tmp_path: Path) -> None:
+    """An installation that is read-only, and a user without a home."""
+    package = tmp_path / "fedwsa"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "loops.py").write_text(Path(loops.__file__).read_text())
+    (package / "__pycache__").touch()  # a file, so that not even root can write into a folder of this name
+    home = tmp_path / "home"
+    home.touch()
+    program = "import numpy as np; from fedwsa import loops; print(loops.moments(np.ones(3, np.float32)))"
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["(1.0,", "0.0)"]), done.stderr
