@@ -116,11 +116,6 @@ def view(array: Array) -> NDArray[Any]:
     return array.view() if isinstance(array, NumpyArray) else array.numpy()
 
 
-def is_plain(values: NDArray[Any]) -> bool:
-    """Whether these are float32 numbers that lie in order and without gaps: what `fedwsa.loops` takes."""
-    return values.dtype == np.float32 and values.flags.c_contiguous and values.flags.aligned
-
-
 def as_type(values: NDArray[Any], kind: np.dtype[Any]) -> NDArray[Any]:
     """Values in another type; for integers they are rounded to the nearest."""
     return np.asarray(values if kind.kind == "f" or values.dtype.kind != "f" else np.rint(values), dtype=kind)

@@ -10,9 +10,10 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 from numpy.typing import NDArray
 
 from fedwsa import messages
-from fedwsa.arrays import as_type, is_plain, record_of, view
+from fedwsa.arrays import as_type, record_of, view
 from fedwsa.granularity import layer_of
 from fedwsa.scope import Scopes, WeightScope, fuse, scope_distance, scope_spread
+from fedwsa.warmup import loops_for
 
 SCOPE_DISTANCE, TARGET_DISTANCE = "scope-distance", "target-distance"
 SCOPE_MEAN_SPREAD, SCOPE_STD_SPREAD = "scope-mean-spread", "scope-std-spread"
@@ -121,9 +122,7 @@ def _sum_in_pairs(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) 
     if len(values) == 1:
         product: NDArray[np.float64] = values[0].astype(np.float64) * weights[0]
         return product
-    if len(values) in (2, 8) and all(map(is_plain, values)):
-        from fedwsa import loops  # its compiler takes half a second that others need not spend
-
+    if len(values) in (2, 8) and (loops := loops_for(*values)):
         total = np.empty(len(values[0]))
         (loops.sum_of_2 if len(values) == 2 else loops.sum_of_8)(total, tuple(values), weights)
         return total

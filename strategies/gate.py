@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedwsa import messages
-from fedwsa.arrays import NumpyArray, as_type, is_plain, view
+from fedwsa.arrays import NumpyArray, as_type, view
 from fedwsa.errors import RunError
 from fedwsa.simulation.folding import Fold, MakeFold
 from fedwsa.simulation.sending import Replies
+from fedwsa.warmup import loops_for
 from strategies.sampling import each
 from strategies.wrapper import Wrapper
 
@@ -313,8 +314,5 @@ def _arrays_fault(arrays: ArrayRecord, layout: Layout) -> str | None:
 
 
 def _all_finite(values: NDArray[Any]) -> bool:
-    if not is_plain(values):
-        return bool(np.isfinite(values).all())
-    from fedwsa.loops import all_finite  # its compiler takes half a second that others need not spend
-
-    return all_finite(values.reshape(-1))
+    loops = loops_for(values)
+    return bool(loops.all_finite(values.reshape(-1)) if loops else np.isfinite(values).all())

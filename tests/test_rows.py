@@ -1,19 +1,23 @@
 """What is compiled for dense weights on the CPU against what PyTorch does for those that it is not compiled for."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_cuda import COMBINATIONS
 from torch import Tensor, nn
 
 from fedwsa.aligned import rows
 from fedwsa.granularity import GRANULARITIES
 from fedwsa.regularizer import WeightScopeRegularizer
-from fedwsa.scope import measure
+from fedwsa.scope import measure, moments
 
 STEP = 0.1
 MODES = pytest.mark.parametrize("kind", [("forward-kl", "loss"), ("forward-kl", "proximal")])
@@ -65,6 +69,25 @@ def test_weights_that_do_not_lie_densely_are_pulled_alike(granularity, kind, dty
         for found, wanted in zip(pulled(weights, granularity, kind), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * max(1.0, mean))
         assert not torch.equal(weights, values)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40),
+    st.sampled_from([0.0, 1.0, 1e4]),
+    st.sampled_from([np.float32, np.float64]),
+)
+def test_moments_are_those_of_a_scope(numbers, shift, dtype):
+    row = (np.array(numbers) + shift).astype(dtype)
+    mean, variance = moments(torch.from_numpy(row))
+    found = rows.moments(row)
+    assert found == pytest.approx((mean, variance), rel=1e-9, abs=1e-9 * mean * mean)
+    assert (found[1] == 0) == (variance == 0)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_moments_of_what_is_not_finite_are_not(odd):
+    assert not all(math.isfinite(number) for number in rows.moments(np.array([1.0, odd, 2.0], dtype=np.float32)))
 
 
 @MODES

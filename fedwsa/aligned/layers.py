@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fedwsa import loops
 from fedwsa.aligned import rows
 from fedwsa.aligned.units import LEAST, Held, Kind, Report, fits, gradient_of, is_written, single, terms_of
 from fedwsa.divergence import usable
@@ -118,7 +117,7 @@ def _moments(parameters: Sequence[Tensor]) -> Iterator[tuple[float, float]]:
     if not parameters or parameters[0].is_cpu:
         for weights in parameters:
             values = rows.rows_of(weights, 1)
-            yield moments(weights) if values is None else loops.moments(values[0])
+            yield moments(weights) if values is None else rows.moments(values[0])
         return
     place, numbers = parameters[0].device, []
     for weights in parameters:

@@ -18,7 +18,7 @@ from torch.autograd.graph import increment_version
 
 from fedwsa.aligned.units import Kind, fits, gradient_of, in_memory_order, terms_of
 from fedwsa.divergence import usable
-from fedwsa.loops import moments
+from fedwsa.scope import CLOSE
 
 Values = NDArray[np.float32] | NDArray[np.float64]
 Numbers = NDArray[np.float64]
@@ -103,6 +103,29 @@ def rows_beside(gradient: Tensor, weights: Tensor, count: int) -> Values | None:
     """As `rows_of`, of a tensor whose elements lie as the weights do; None too if they do not."""
     alike = gradient.stride() == weights.stride() and gradient.dtype == weights.dtype
     return rows_of(gradient, count) if alike else None
+
+
+@compiled
+def moments(row: Values) -> tuple[float, float]:
+    """As `fedwsa.scope.moments`, of one element at least."""
+    n = len(row)
+    total, squares = 0.0, 0.0
+    for i in range(n):
+        w = np.float64(row[i])
+        total += w
+        squares += w * w
+    mean, square = total / n, squares / n
+    if mean * mean < CLOSE * square < np.inf:
+        return mean, square - mean * mean
+    first = np.float64(row[0])
+    total, squares = 0.0, 0.0
+    for i in range(n):
+        total += row[i] - first
+    shift = total / n
+    for i in range(n):
+        deviation = (row[i] - first) - shift
+        squares += deviation * deviation
+    return first + shift, squares / n
 
 
 @compiled
