@@ -1,8 +1,9 @@
 """Loops over a model's numbers that every client and every reply goes through, compiled by Numba; see `fedwsa.warmup`.
 
-One pass, with nothing written that the processor's cache would have to make room for: of a client of a millisecond
-NumPy's several passes take a fifth. The machine code is kept on disk where Numba finds a folder for it (`__pycache__`,
-or one of the user's), and made anew when this file changes: what stands in another file must not be called from here.
+One pass each, with nothing written that the processor's cache would have to make room for: NumPy's several passes take
+a fifth of the time of a client that takes a millisecond. The machine code is kept on disk where Numba finds a folder
+for it (`__pycache__`, or one of the user's), and made anew when this file changes: what stands in another file must not
+be called from here.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def _compiled(signature: Any, **options: Any) -> Callable[[Function], Function]:
         options.update(nogil=True, error_model="numpy")
         try:
             made = numba.njit(signature, cache=True, **options)(function)
-        except (RuntimeError, OSError):  # no folder, or one that takes no file
+        except Exception:  # no folder, one that takes no file, or a damaged file
             made = numba.njit(signature, **options)(function)
         return cast("Function", made)
 

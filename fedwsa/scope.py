@@ -26,7 +26,6 @@ T = TypeVar("T")
 LANES = 1024  # sums that `moments` makes side by side
 VARIANCE_FUSIONS = ("mean", "mixture", "independent", "merged")
 
-
 CLOSE = 0.9
 """Share of the mean square that μ² may have where σ² is taken as the difference of the two: a digit is lost at most."""
 
@@ -89,14 +88,16 @@ def moments(tensor: Tensor) -> tuple[float, float]:
 
     A constant tensor has variance 0 exactly. NaN or infinite if an element is.
     """
-    values = tensor.detach() if tensor.dtype == torch.float32 else tensor.detach().to(torch.float64)
+    n = tensor.numel()
+    if n == 0:
+        return 0.0, 0.0
+    values = tensor.detach().cpu()
+    if values.dtype != torch.float32:
+        values = values.to(torch.float64)
     if type(values) is not Tensor:  # a subclass shows no numbers
         variance_of, mean_of = torch.var_mean(values.to(torch.float64), correction=0)
         return mean_of.item(), variance_of.item()
     row = np.ascontiguousarray(values.numpy(force=True)).reshape(-1)
-    n = row.size
-    if n == 0:
-        return 0.0, 0.0
     total, squares = _sums(row)
     mean, square = total / n, squares / n
     if mean * mean < CLOSE * square < math.inf:  # else the difference would lose too many digits
@@ -113,16 +114,16 @@ def moments(tensor: Tensor) -> tuple[float, float]:
 def _sums(row: NDArray[Any]) -> tuple[float, float]:
     """Σ w and Σ w² in float64: each the sum of LANES sums, in one order whoever makes these."""
     totals, squares = np.zeros(LANES), np.zeros(LANES)
-    if loops := loops_for(row):
-        loops.add_moments(row, totals, squares)
-    else:
-        values = np.zeros(-(-row.size // LANES) * LANES)
-        values[: row.size] = row
-        lanes = values.reshape(-1, LANES)
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # of what is not finite, or too large
+        if loops := loops_for(row):
+            loops.add_moments(row, totals, squares)
+        else:
+            values = np.zeros(-(-row.size // LANES) * LANES)
+            values[: row.size] = row
+            lanes = values.reshape(-1, LANES)
             np.add.reduce(lanes, 0, out=totals, initial=0.0)
             np.add.reduce(np.multiply(lanes, lanes, out=lanes), 0, out=squares, initial=0.0)
-    return float(totals.sum()), float(squares.sum())
+        return float(totals.sum()), float(squares.sum())
 
 
 def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:

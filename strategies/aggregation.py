@@ -1,6 +1,6 @@
 """Sums over replies. What is summed can be done in parts and put together, by `fedwsa.simulation.folding`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,7 +17,8 @@ from fedwsa.warmup import loops_for
 
 SCOPE_DISTANCE, TARGET_DISTANCE = "scope-distance", "target-distance"
 SCOPE_MEAN_SPREAD, SCOPE_STD_SPREAD = "scope-mean-spread", "scope-std-spread"
-AT_ONCE = 8  # replies that are kept until they are summed, a power of two
+AT_ONCE = 8  # replies that are summed in one pass, a power of two
+STRETCH = 1 << 14  # numbers that NumPy sums at a time: 128 KiB
 
 
 def weight_of(metrics: MetricRecord) -> float:
@@ -51,8 +52,8 @@ class MeanModel:
     def __init__(self) -> None:
         self.layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and type by name
         self.weight = 0.0
-        self._replies: list[_Reply] = []  # that are not summed: 1, 2 or 4, to be added in pairs; none where there are
-        self._sums: list[NDArray[np.float64]] = []  # flat, an array each
+        self._replies: list[_Reply] = []  # that are not summed yet: 1, 2 or 4, to be added in pairs
+        self._sums: list[NDArray[np.float64]] | None = None  # flat, an array each; None while there are replies
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:
         """Raises ValueError naming what differs, where names or shapes do."""
@@ -65,9 +66,9 @@ class MeanModel:
 
     def merge(self, later: "MeanModel") -> None:
         """Take over what another has summed; it is not used again. Raises ValueError as `add`."""
-        if not later.weight:
+        if not later._replies and later._sums is None:
             return
-        if not self.weight:
+        if not self._replies and self._sums is None:
             self.__dict__.update(later.__dict__)
             return
         if list(self.layout) != list(later.layout):
@@ -77,11 +78,11 @@ class MeanModel:
                 raise ValueError(f"{name}: shape {later.layout[name][0]}, others have {shape}")
         self.weight += later.weight
         if len(self._replies) == len(later._replies) > 0:
-            self._replies += later._replies
+            self._replies = self._replies + later._replies
             if len(self._replies) == AT_ONCE:
                 self._settle()
             return
-        pairs = zip(self._settle(), later._settle(), strict=True)
+        pairs = zip(self._settle(), later._totals(), strict=True)
         self._sums = [np.add(one, other, out=one if one.flags.writeable else None) for one, other in pairs]
 
     def record(self) -> ArrayRecord:
@@ -97,13 +98,18 @@ class MeanModel:
             self._settle()
         return self.__dict__
 
+    def _totals(self) -> Iterator[NDArray[np.float64]]:
+        """The sums, an array after the other, made now if they are not there."""
+        if self._sums is not None:
+            return iter(self._sums)
+        weights = np.array([reply.weight for reply in self._replies], np.float64)
+        arrays = zip(*(reply.values for reply in self._replies), strict=True)
+        return (_weighted_sum(values, weights) for values in arrays)
+
     def _settle(self) -> list[NDArray[np.float64]]:
-        """The sums, made now if they are not yet."""
-        if self._replies:
-            weights = np.array([reply.weight for reply in self._replies], np.float64)
-            arrays = zip(*(reply.values for reply in self._replies), strict=True)
-            self._sums = [_sum_in_pairs(values, weights) for values in arrays]
-            self._replies = []
+        """The sums, in place of replies."""
+        self._sums = list(self._totals())
+        self._replies = []
         return self._sums
 
     def _put_in_order(self, names: list[str]) -> None:
@@ -114,21 +120,24 @@ class MeanModel:
         self._sums = [sums[name] for name in names]
 
 
-def _sum_in_pairs(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Σ weights_k · values_k in float64, of a power of two of vectors; in one pass where there are 2 or 8 float32.
-
-    The numbers and the order of the additions are the same either way.
-    """
-    if len(values) == 1:
-        product: NDArray[np.float64] = values[0].astype(np.float64) * weights[0]
-        return product
+def _weighted_sum(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Σ weights_k · values_k in float64, of a power of two of vectors, in pairs; the same bits whichever way."""
+    total = np.empty(len(values[0]))
     if len(values) in (2, 8) and (loops := loops_for(*values)):
-        total = np.empty(len(values[0]))
         (loops.sum_of_2 if len(values) == 2 else loops.sum_of_8)(total, tuple(values), weights)
         return total
+    for start in range(0, len(total), STRETCH):
+        stretch = slice(start, start + STRETCH)
+        total[stretch] = _in_pairs([each[stretch] for each in values], weights)
+    return total
+
+
+def _in_pairs(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    if len(values) == 1:
+        product: NDArray[np.float64] = values[0].astype(np.float64, casting="same_kind") * weights[0]
+        return product
     half = len(values) // 2
-    one, other = _sum_in_pairs(values[:half], weights[:half]), _sum_in_pairs(values[half:], weights[half:])
-    return np.add(one, other, out=one)
+    return _in_pairs(values[:half], weights[:half]) + _in_pairs(values[half:], weights[half:])
 
 
 class MeanMetrics:

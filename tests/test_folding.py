@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.client_app import evaluate_message, train_message
+from fedwsa import warmup
 from fedwsa.arrays import record_of, view
 from fedwsa.simulation import open_engine, shared_memory, simulate
 from fedwsa.simulation.engine import Population, Task, identify, perform, without
@@ -146,7 +147,7 @@ def test_any_cut_gives_the_bits_of_adding_one_by_one(data, cohort, at_once):
     turns = iter(trips * len(cohort))
     with patch("strategies.aggregation.loops_for", return_value=None):
         expected = bits(one_by_one(cohort))
-    with patch("strategies.aggregation.AT_ONCE", at_once):
+    with patch("strategies.aggregation.AT_ONCE", at_once), patch("fedwsa.warmup.ENOUGH", 0):
         assert bits(piecewise(cohort, sizes, lambda part: next(turns)(part))) == expected
 
 
@@ -310,6 +311,28 @@ def test_a_sum_of_many_parts_holds_few_models(first):
         tracemalloc.stop()
     assert held < (HELD + BLOCK) * model
     assert view(tree.total().record()["w"]).tolist() == [1.0] * size
+
+
+@pytest.mark.parametrize("loops", [warmup.loops_for, lambda *rows: None], ids=["compiled", "numpy"])
+def test_summing_a_block_takes_two_models_at_the_most(loops):
+    """Two halves of a block; nothing as large besides, at any moment."""
+    size = 1 << 20
+    replies = [record_of({"w": np.full(size, k, np.float32)}) for k in range(BLOCK)]
+    with patch("fedwsa.warmup.ENOUGH", 0), patch("strategies.aggregation.loops_for", loops):
+        warmup.loops_for(np.ones(1, np.float32))
+        tracemalloc.start()
+        try:
+            tree = Tree()
+            for reply in replies:
+                part = MeanModel()
+                part.add(reply, 1.0)
+                tree.push(1, part)
+            folded = tree.total()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 2.3 * 8 * size
+    assert (view(folded.record()["w"]) == (BLOCK - 1) / 2).all()
 
 
 def test_a_sum_has_no_limit_to_its_blocks():

@@ -4,8 +4,10 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -15,27 +17,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedwsa import loops
-from fedwsa.scope import LANES, moments
+from fedwsa.scope import LANES, _sums, moments
 
 ODD = pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 quick = settings(max_examples=100, deadline=None)
 
 
-def both_ways(row: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    """What `moments` says with the compiled loop, and with NumPy's."""
+def both_ways(function: Callable[..., Any], argument: Any) -> tuple[Any, Any]:
+    """What it says with the compiled loop, and with NumPy's."""
     found = []
     for chosen in (loops, None):
         with patch("fedwsa.scope.loops_for", return_value=chosen):
-            found.append(moments(torch.from_numpy(row)))
+            found.append(function(argument))
     return found[0], found[1]
 
 
 @quick
 @given(st.integers(1, 5 * LANES), st.integers(0, 2**32), st.sampled_from([0.0, 1e-3, 1.0, 1e4]))
-def test_moments_are_numpys_to_the_last_bit(length, seed, shift):
+def test_sums_of_moments_are_numpys_to_the_last_bit(length, seed, shift):
     rng = np.random.default_rng(seed)
     row = (rng.normal(size=length) * 10.0 ** rng.integers(-9, 9) + shift).astype(np.float32)
-    compiled, plain = both_ways(row)
+    compiled, plain = both_ways(_sums, row)
     assert compiled == plain
 
 
@@ -46,17 +48,18 @@ def test_moments_agree_with_exact_arithmetic(numbers, shift):
     exact = [Fraction(number) for number in row.tolist()]
     mean = sum(exact) / len(exact)
     variance = sum((number - mean) ** 2 for number in exact) / len(exact)
-    for found in both_ways(row):
+    for found in both_ways(moments, torch.from_numpy(row)):
         assert found == pytest.approx((float(mean), float(variance)), rel=1e-9, abs=1e-9 * float(mean) ** 2)
         assert (found[1] == 0) == (variance == 0)
 
 
+@pytest.mark.filterwarnings("error")
 @ODD
 @pytest.mark.parametrize("length", [3, 5000])
 def test_moments_of_what_is_not_finite_are_not(odd, length):
     row = np.ones(length, np.float32)
-    row[1] = odd
-    for found in both_ways(row):
+    row[:2] = -math.inf, odd
+    for found in both_ways(moments, torch.from_numpy(row)):
         assert not all(math.isfinite(number) for number in found)
 
 
@@ -107,6 +110,21 @@ def test_they_compile_where_no_folder_takes_the_machine_code(tmp_path: Path) -> 
         [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
+@pytest.mark.process
+def test_damaged_machine_code_is_done_without(tmp_path: Path) -> None:
+    """As a machine that lost its power may leave it."""
+    program = "import numpy as np; from fedwsa import loops; print(loops.all_finite(np.ones(3, np.float32)))"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for damage in (None, "*.nbi", "*.nbc"):
+        for path in tmp_path.rglob(damage) if damage else ():
+            path.write_bytes(b"")
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+    assert list(tmp_path.rglob("*.nbi"))
 
 
 @pytest.mark.process

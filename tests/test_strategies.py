@@ -139,6 +139,20 @@ def test_unlike_models_are_refused_by_name(arrays, named):
         mean.add(record(arrays), 1)
 
 
+def test_complex_numbers_have_no_mean_in_float64():
+    mean = MeanModel()
+    mean.add(record({"a": np.array([1 + 2j])}), 1)
+    with pytest.raises(TypeError, match="same_kind"):
+        mean.record()
+
+
+def test_a_model_without_arrays_has_a_weight():
+    mean = MeanModel()
+    for weight in (1, 2):
+        mean.add(record({}), weight)
+    assert (mean.weight, dict(mean.record())) == (3, {})
+
+
 def test_lists_and_the_weight_are_no_metrics():
     mean = MeanMetrics()
     mean.add(MetricRecord({"num-examples": 5, "scope-means": [1.0, 2.0], "loss": 0.25}), 5)

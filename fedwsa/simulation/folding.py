@@ -12,7 +12,7 @@ class Fold(Protocol):
     """What replies come to. Parts are made on the workers, each from one reply, and put together two by two."""
 
     def add(self, reply: Message) -> None:
-        """Take the one reply that this part is made of; the part keeps no memory of the reply's."""
+        """Take the one reply that this part is made of; the part may keep its numbers, which nobody writes to."""
 
     def merge(self, later: Self) -> None:
         """Take over the part that follows this one in the order of the messages; it is not used again."""
