@@ -107,10 +107,11 @@ class MeanModel:
         return (_weighted_sum(values, weights) for values in arrays)
 
     def _settle(self) -> list[NDArray[np.float64]]:
-        """The sums, in place of replies."""
-        self._sums = list(self._totals())
-        self._replies = []
-        return self._sums
+        """The sums, in place of replies; nothing where nothing was added."""
+        if self._replies:
+            self._sums = list(self._totals())
+            self._replies = []
+        return self._sums or []
 
     def _put_in_order(self, names: list[str]) -> None:
         if unlike := set(names) ^ self.layout.keys():

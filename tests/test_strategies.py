@@ -148,6 +148,7 @@ def test_complex_numbers_have_no_mean_in_float64():
 
 def test_a_model_without_arrays_has_a_weight():
     mean = MeanModel()
+    assert (mean.weight, dict(mean.record())) == (0, {})
     for weight in (1, 2):
         mean.add(record({}), weight)
     assert (mean.weight, dict(mean.record())) == (3, {})
