@@ -21,6 +21,7 @@ from fedwsa.evaluation import evaluate
 from fedwsa.registry import lookup
 from fedwsa.scope import measure
 from fedwsa.seeding import torch_generator, torch_seed
+from fedwsa.warmup import trained
 
 app = ClientApp()
 
@@ -50,6 +51,7 @@ def train_message(message: Message, context: Context) -> Message:
             gradient = partial(mean_gradient, model, images, labels, config, own_seed)
             objective = make(Task(model, _shared(model, local), message, context, config, gradient))
         training = train(model, seen, labels, config, order, alignment, objective)
+    trained(sum(tensor.numel() for tensor in state.values()))
     keep(state, local, context, settings)
     state = {name: tensor.cpu() for name, tensor in state.items()}  # from a card once
     reply = {**state, **sent}  # in the order of the state

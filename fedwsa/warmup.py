@@ -1,4 +1,7 @@
-"""When the compiled loops of `fedwsa.loops` are worth their compiler, which takes half a second and 125 MB to load."""
+"""When the compiled loops of `fedwsa.loops` are worth their compiler, which takes half a second and 125 MB to load.
+
+They are for processes in which clients train; a server whose clients are elsewhere has little to loop over.
+"""
 
 import sys
 from types import ModuleType
@@ -7,22 +10,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ENOUGH = 1 << 27  # numbers that a process goes through without: a tenth of a second, in a run that is likely to go on
+ENOUGH = (
+    1 << 26
+)  # numbers in the models that a process trained without: a tenth of a second, and more are likely to come
 
-_seen = 0
+_trained = 0
+_loops: ModuleType | None = None
+
+
+def trained(numbers: int) -> None:
+    """A client of this process has trained a model of so many numbers."""
+    global _loops, _trained
+    _trained += numbers
+    if _loops is None and (_trained >= ENOUGH or "numba" in sys.modules):
+        from fedwsa import loops
+
+        _loops = loops
 
 
 def loops_for(*rows: NDArray[Any]) -> ModuleType | None:
-    """`fedwsa.loops` if these are numbers that it takes and this process has seen enough of them; None if not.
+    """`fedwsa.loops` if it is loaded, and these are numbers that it takes; else None.
 
     Whoever asks has the same loop in NumPy, to the last bit: no result depends on the answer.
     """
-    global _seen
-    if not all(row.dtype == np.float32 and row.flags.c_contiguous and row.flags.aligned for row in rows):
-        return None
-    _seen += sum(row.size for row in rows)
-    if _seen < ENOUGH and "numba" not in sys.modules:
-        return None
-    from fedwsa import loops
-
-    return loops
+    plain = all(row.dtype == np.float32 and row.flags.c_contiguous and row.flags.aligned for row in rows)
+    return _loops if plain else None

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.client_app import evaluate_message, train_message
-from fedwsa import warmup
+from fedwsa import loops
 from fedwsa.arrays import record_of, view
 from fedwsa.simulation import open_engine, shared_memory, simulate
 from fedwsa.simulation.engine import Population, Task, identify, perform, without
@@ -145,9 +145,9 @@ def test_any_cut_gives_the_bits_of_adding_one_by_one(data, cohort, at_once):
     sizes = data.draw(cuts(len(cohort)))
     trips = data.draw(st.lists(st.sampled_from([pickled, lambda part: part]), min_size=1, max_size=7))
     turns = iter(trips * len(cohort))
-    with patch("strategies.aggregation.loops_for", return_value=None):
+    with patch("fedwsa.warmup._loops", None):
         expected = bits(one_by_one(cohort))
-    with patch("strategies.aggregation.AT_ONCE", at_once), patch("fedwsa.warmup.ENOUGH", 0):
+    with patch("strategies.aggregation.AT_ONCE", at_once), patch("fedwsa.warmup._loops", loops):
         assert bits(piecewise(cohort, sizes, lambda part: next(turns)(part))) == expected
 
 
@@ -313,13 +313,12 @@ def test_a_sum_of_many_parts_holds_few_models(first):
     assert view(tree.total().record()["w"]).tolist() == [1.0] * size
 
 
-@pytest.mark.parametrize("loops", [warmup.loops_for, lambda *rows: None], ids=["compiled", "numpy"])
-def test_summing_a_block_takes_two_models_at_the_most(loops):
+@pytest.mark.parametrize("loaded", [loops, None], ids=["compiled", "numpy"])
+def test_summing_a_block_takes_two_models_at_the_most(loaded):
     """Two halves of a block; nothing as large besides, at any moment."""
     size = 1 << 20
     replies = [record_of({"w": np.full(size, k, np.float32)}) for k in range(BLOCK)]
-    with patch("fedwsa.warmup.ENOUGH", 0), patch("strategies.aggregation.loops_for", loops):
-        warmup.loops_for(np.ones(1, np.float32))
+    with patch("fedwsa.warmup._loops", loaded):
         tracemalloc.start()
         try:
             tree = Tree()

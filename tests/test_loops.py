@@ -13,11 +13,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from federations import client_app, grid_of, initial_model, one_round, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedwsa import loops
+from fedwsa import loops, warmup
+from fedwsa.arrays import pack
 from fedwsa.scope import LANES, _sums, moments
+from strategies.fedavg import FedAvg
 
 ODD = pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
 quick = settings(max_examples=100, deadline=None)
@@ -26,8 +29,8 @@ quick = settings(max_examples=100, deadline=None)
 def both_ways(function: Callable[..., Any], argument: Any) -> tuple[Any, Any]:
     """What it says with the compiled loop, and with NumPy's."""
     found = []
-    for chosen in (loops, None):
-        with patch("fedwsa.scope.loops_for", return_value=chosen):
+    for loaded in (loops, None):
+        with patch("fedwsa.warmup._loops", loaded):
             found.append(function(argument))
     return found[0], found[1]
 
@@ -128,17 +131,26 @@ def test_damaged_machine_code_is_done_without(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_process_that_does_little_loads_no_compiler() -> None:
-    """Until it has gone through as many numbers as the loading takes; others, as integers, do not count."""
+def test_a_process_that_trains_little_loads_no_compiler() -> None:
+    """Then it takes the loops for plain float32."""
     program = """
 import sys
 import numpy as np
 from fedwsa import warmup
-rows = [np.ones(1000, kind) for kind in (np.float32, np.float64, np.int64)]
-warmup.ENOUGH = 3000
-print([warmup.loops_for(row) is not None for row in rows], "numba" in sys.modules)
-print(warmup.loops_for(*2 * rows[:1]) is not None, "numba" in sys.modules, warmup.loops_for(rows[1]))
-print(warmup.loops_for(rows[0][::2]), warmup.loops_for(np.frombuffer(bytes(9), np.float32, 2, 1)))
+row = np.ones(10, np.float32)
+for _ in range(3):
+    warmup.trained(warmup.ENOUGH // 2)
+    print(warmup.loops_for(row) is not None, "numba" in sys.modules)
+others = row.astype(float), row[::2], np.frombuffer(bytes(9), np.float32, 2, 1), row.astype(">f4")
+print([warmup.loops_for(row, other) for other in others], warmup.loops_for(row, row) is not None)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.splitlines() == ["[False, False, False] False", "True True None", "None None"]
+    expected = ["False False", "True True", "True True", "[None, None, None, None] True"]
+    assert done.stdout.splitlines() == expected
+
+
+def test_clients_say_what_they_trained() -> None:
+    start = initial_model()
+    with patch("fedwsa.warmup._trained", 0):
+        one_round(FedAvg(2, seed=0), grid_of(client_app, 4, tiny(num_clients=4).to_run_config()), pack(start))
+        assert warmup._trained == 2 * sum(tensor.numel() for tensor in start.values())
