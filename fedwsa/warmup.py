@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ENOUGH = (
-    1 << 26
-)  # numbers in the models that a process trained without: a tenth of a second, and more are likely to come
+ENOUGH = 1 << 26
+"""Numbers in the models that a process trained without: a tenth of a second, and more are likely to come."""
 
 _trained = 0
 _loops: ModuleType | None = None
