@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ENOUGH = 1 << 26
-"""Numbers in the models that a process trained without: a tenth of a second, and more are likely to come."""
+SMALL = 1 << 16
+"""Numbers in a model for which the loops do not pay: NumPy's passes find it in the processor's cache."""
+
+ENOUGH = 1 << 24
+"""Numbers in the larger models that a process trained without: a run that gets there is likely to go on."""
 
 _trained = 0
 _loops: ModuleType | None = None
@@ -20,7 +23,7 @@ _loops: ModuleType | None = None
 def trained(numbers: int) -> None:
     """A client of this process has trained a model of so many numbers."""
     global _loops, _trained
-    _trained += numbers
+    _trained += numbers if numbers > SMALL else 0
     if _loops is None and (_trained >= ENOUGH or "numba" in sys.modules):
         from fedwsa import loops
 
