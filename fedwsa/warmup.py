@@ -3,7 +3,6 @@
 They are for processes in which clients train; a server whose clients are elsewhere has little to loop over.
 """
 
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +23,7 @@ def trained(numbers: int) -> None:
     """A client of this process has trained a model of so many numbers."""
     global _loops, _trained
     _trained += numbers if numbers > SMALL else 0
-    if _loops is None and (_trained >= ENOUGH or "numba" in sys.modules):
+    if _loops is None and _trained >= ENOUGH:
         from fedwsa import loops
 
         _loops = loops

@@ -131,6 +131,17 @@ def test_measure_takes_strided_gradient_carrying_and_empty_tensors():
     assert measured.variances.tolist() == [1.25, 1.25, 0]
 
 
+def test_measure_takes_tensors_of_a_subclass():
+    """Some of them, as distributed ones, have no NumPy array."""
+
+    class Own(torch.Tensor):
+        pass
+
+    weights = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    measured = measure({"a": weights.as_subclass(Own), "b": torch.empty(0, 4).as_subclass(Own)})
+    assert (measured.means.tolist(), measured.variances.tolist()) == ([3, 0], [3.5, 0])
+
+
 def test_measure_uses_the_callers_predicate():
     tensors = {"weight": torch.eye(2), "bias": torch.tensor([1.0, 3.0])}
     assert measure(tensors, lambda name, tensor: name == "bias") == WeightScope(

@@ -725,6 +725,7 @@ def test_equal_arguments_give_equal_streams(given_arguments):
     assert first.integers(2**63, size=4).tolist() == second.integers(2**63, size=4).tolist()
     first, second = (seeding.torch_generator(*given_arguments) for _ in range(2))
     assert torch.equal(torch.randn(4, generator=first), torch.randn(4, generator=second))
+    assert 0 <= seeding.torch_seed(*given_arguments) < 2**63
     assert seeding.torch_seed(*given_arguments) == seeding.generator(*given_arguments).integers(2**63)
 
 
