@@ -1,6 +1,8 @@
 """Local training: the loop that every objective shares."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +16,13 @@ from fedwsa.config import Config
 from fedwsa.data.augmentation import Augmented
 from fedwsa.granularity import layer_of
 from fedwsa.messages import Alignment
+from fedwsa.models.backpropagation import Take, by_hand
 
 if TYPE_CHECKING:
     from fedwsa.regularizer import WeightScopeRegularizer
+
+Step = Callable[[Tensor, Tensor], Tensor]
+"""Takes images and labels of a batch, makes a step with them, and gives the task loss before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +52,81 @@ def train(
     """
     if not model.training:  # it goes through all modules
         model.train()
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    step, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
-    plain = config.optimizer == "sgd" and config.momentum == config.weight_decay == 0
     regularizer = _regularizer(model, alignment)
+    step = _quick_step(model, config, alignment, regularizer) if objective is None else None
+    step = step or _usual_step(model, config, alignment, regularizer, objective)
     total, steps = torch.zeros((), device=labels.device), 0
     for _ in range(config.local_epochs):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
         for batch in _batches(order, config.batch_size, model):
-            loss = _gradient(model, parameters, images[batch], labels[batch], objective)
-            with torch.no_grad():
-                if config.clip_norm:
-                    nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                if regularizer and steps == 0 and alignment and alignment.share > 0:
-                    regularizer.fix_strength(alignment.share, config.learning_rate, momentum)
-                if objective:
-                    objective.add_gradient()
-                if regularizer:
-                    regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
-                step()
-                if regularizer:
-                    regularizer.proximal_step(config.learning_rate, momentum)
-            total += loss
+            total += step(images[batch], labels[batch])
             steps += 1
     return Training(float(total) / steps, steps, regularizer.strength if regularizer else 0.0)
+
+
+def _quick_step(
+    model: nn.Module, config: Config, alignment: Alignment | None, regularizer: "WeightScopeRegularizer | None"
+) -> Step | None:
+    """Changes each parameter while its gradient is in the cache, to the same bits as `_usual_step`.
+
+    None where a model's gradients cannot be had by hand, or a step needs all of them, or more than them.
+    """
+    backpropagate = by_hand(model)
+    if not backpropagate or not _is_plain_descent(config) or config.clip_norm:
+        return None
+    if regularizer:
+        descend = None if alignment and alignment.share > 0 else regularizer.descent(config.learning_rate)
+    else:
+        descend = _descent(config.learning_rate)
+    return partial(backpropagate, descend) if descend else None
+
+
+def _descent(learning_rate: float) -> Take:
+    def descend(parameter: Tensor, gradient: Tensor) -> None:
+        parameter.add_(gradient, alpha=-learning_rate)
+
+    return descend
+
+
+def _usual_step(
+    model: nn.Module,
+    config: Config,
+    alignment: Alignment | None,
+    regularizer: "WeightScopeRegularizer | None",
+    objective: Objective | None,
+) -> Step:
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    optimize, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
+    backpropagate = None if objective else by_hand(model)
+    share = alignment.share if alignment and regularizer else 0.0  # until it has fixed λ
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        nonlocal share
+        if backpropagate:
+            loss = backpropagate(_keep, images, labels)
+        else:
+            loss = _gradient(model, parameters, images, labels, objective)
+        with torch.no_grad():
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            if regularizer and share > 0:
+                regularizer.fix_strength(share, config.learning_rate, momentum)
+                share = 0.0
+            if objective:
+                objective.add_gradient()
+            if regularizer:
+                plain = _is_plain_descent(config)
+                regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
+            optimize()
+            if regularizer:
+                regularizer.proximal_step(config.learning_rate, momentum)
+        return loss
+
+    return step
+
+
+def _is_plain_descent(config: Config) -> bool:
+    return config.optimizer == "sgd" and config.momentum == config.weight_decay == 0
 
 
 def mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: Config, seed: int) -> dict[str, Tensor]:
@@ -93,6 +150,10 @@ def mean_gradient(model: nn.Module, images: Tensor, labels: Tensor, config: Conf
             torch._foreach_add_(total, found)
     torch._foreach_div_(total, float(len(labels)))
     return dict(zip(parameters, total, strict=True))
+
+
+def _keep(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient
 
 
 def _gradient(

@@ -35,15 +35,23 @@ def _compiled(signature: Any, **options: Any) -> Callable[[Function], Function]:
     return compile_
 
 
-@_compiled(types.void(SINGLE, DOUBLE, DOUBLE))
-def add_moments(row: NDArray[np.float32], totals: NDArray[np.float64], squares: NDArray[np.float64]) -> None:
-    """Add each number of a row, and its square, to one of L sums each: the i-th to that of i mod L."""
-    for start in range(0, len(row), len(totals)):
-        some = row[start : start + len(totals)]
+@_compiled(types.UniTuple(types.float64, 2)(SINGLE, types.int64))
+def sums(row: NDArray[np.float32], lanes: int) -> tuple[float, float]:
+    """Σ w and Σ w² in float64: the i-th number goes to sum i mod `lanes`, a power of two; halves of these are added."""
+    totals, squares = np.zeros(lanes), np.zeros(lanes)
+    for start in range(0, len(row), lanes):
+        some = row[start : start + lanes]
         for i in range(len(some)):
             w = np.float64(some[i])
             totals[i] += w
             squares[i] += w * w
+    half = lanes // 2
+    while half:
+        for i in range(half):
+            totals[i] += totals[half + i]
+            squares[i] += squares[half + i]
+        half //= 2
+    return totals[0], squares[0]
 
 
 @_compiled(types.void(DOUBLE, types.UniTuple(SINGLE, 2), DOUBLE))

@@ -120,11 +120,32 @@ class WeightScopeRegularizer:
         _check_rate(learning_rate)
         strength = self._strength * float(learning_rate)
         if self.mode == "loss" and strength:
-            self._descend(strength)
+            self._pull(-strength, None)
 
     @_untraced
-    def _descend(self, strength: float) -> None:
-        self._units.pull(-strength, None, into_gradient=False)
+    def _pull(self, s: float, held: Held) -> None:
+        self._units.pull(s, held, into_gradient=False)
+
+    def descent(self, learning_rate: float) -> Callable[[Tensor, Tensor], None] | None:
+        """A function that makes a step of SGD without momentum on one parameter, of which it gets the gradient.
+
+        It gives the parameter what `descend` or, after the step, `proximal_step` gives it. With the unit "model" there
+        is none (None): a step needs to know all weights. learning_rate: as in `descend`.
+        """
+        _check_rate(learning_rate)
+        if self.granularity == "model":
+            return None
+        rate, ours = float(learning_rate), {id(parameter) for parameter in self._parameters.values()}
+
+        def descend(parameter: Tensor, gradient: Tensor) -> None:
+            strength = self._strength * rate if id(parameter) in ours else 0.0
+            if strength and self.mode == "loss":
+                self._pull(-strength, {id(parameter)})
+            parameter.add_(gradient, alpha=-rate)
+            if strength and self.mode == "proximal":
+                self._pull(strength, {id(parameter)})
+
+        return descend
 
     def proximal_step(self, learning_rate: float, momentum: float = 0.0) -> None:
         """Proximal mode: replace the weights by the minimiser of ½‖w′ − w‖² + c R(w′), c = η λ/(1 − β).

@@ -113,17 +113,21 @@ def moments(tensor: Tensor) -> tuple[float, float]:
 
 def _sums(row: NDArray[Any]) -> tuple[float, float]:
     """Σ w and Σ w² in float64: each the sum of LANES sums, in one order whoever makes these."""
-    totals, squares = np.zeros(LANES), np.zeros(LANES)
+    if loops := loops_for(row):
+        total, squares = loops.sums(row, LANES)
+        return float(total), float(squares)
+    values = np.zeros(-(-row.size // LANES) * LANES)
+    values[: row.size] = row
+    lanes = values.reshape(-1, LANES)
     with np.errstate(all="ignore"):  # of what is not finite, or too large
-        if loops := loops_for(row):
-            loops.add_moments(row, totals, squares)
-        else:
-            values = np.zeros(-(-row.size // LANES) * LANES)
-            values[: row.size] = row
-            lanes = values.reshape(-1, LANES)
-            np.add.reduce(lanes, 0, out=totals, initial=0.0)
-            np.add.reduce(np.multiply(lanes, lanes, out=lanes), 0, out=squares, initial=0.0)
-        return float(totals.sum()), float(squares.sum())
+        return _in_halves(lanes), _in_halves(np.multiply(lanes, lanes, out=lanes))
+
+
+def _in_halves(lanes: NDArray[np.float64]) -> float:
+    total = np.add.reduce(lanes, 0, initial=0.0)
+    while len(total) > 1:
+        total = total[: len(total) // 2] + total[len(total) // 2 :]
+    return float(total[0])
 
 
 def channel_moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
