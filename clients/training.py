@@ -53,14 +53,15 @@ def train(
     if not model.training:  # it goes through all modules
         model.train()
     regularizer = _regularizer(model, alignment)
-    step = _quick_step(model, config, alignment, regularizer) if objective is None else None
-    step = step or _usual_step(model, config, alignment, regularizer, objective)
+    quick = _quick_step(model, config, alignment, regularizer) if objective is None else None
+    step = quick or _usual_step(model, config, alignment, regularizer, objective)
     total, steps = torch.zeros((), device=labels.device), 0
-    for _ in range(config.local_epochs):
-        order = torch.randperm(len(labels), generator=generator).to(labels.device)
-        for batch in _batches(order, config.batch_size, model):
-            total += step(images[batch], labels[batch])
-            steps += 1
+    with torch.inference_mode(quick is not None):  # PyTorch keeps no books then
+        for _ in range(config.local_epochs):
+            order = torch.randperm(len(labels), generator=generator).to(labels.device)
+            for batch in _batches(order, config.batch_size, model):
+                total += step(images[batch], labels[batch])
+                steps += 1
     return Training(float(total) / steps, steps, regularizer.strength if regularizer else 0.0)
 
 
@@ -168,14 +169,14 @@ def _gradient(
     return loss.detach()
 
 
-def _batches(order: Tensor, size: int, model: nn.Module) -> tuple[Tensor, ...]:
+def _batches(order: Tensor, size: int, model: nn.Module) -> list[Tensor]:
     """Runs of `size` samples and a smaller one; with BatchNorm a last single sample, which has no variance, joins them.
 
     A client with one sample in all keeps its batch of one.
     """
-    batches = torch.split(order, size)
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     if len(batches) > 1 and len(batches[-1]) == 1 and any(isinstance(each, _BatchNorm) for each in model.modules()):
-        return *batches[:-2], torch.cat(batches[-2:])
+        return [*batches[:-2], torch.cat(batches[-2:])]
     return batches
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedwsa import models
 from fedwsa.data import fashion_mnist, idx
+from fedwsa.models import MLP
 
 BATCH, LEARNING_RATE = 50, 0.05
 MEAN, STD = 0.286, 0.353  # of the training pixels / 255
@@ -61,6 +62,11 @@ class Workload:
     def build(self) -> nn.Module:
         """A new model, the same for every contestant."""
         return models.build(self.model, (1, 28, 28), 10, seed=0)
+
+    def module(self) -> nn.Module:
+        """A model by its class, as a user's script makes one: its weights are by the global generator."""
+        kind = MLP if self.model == "mlp" else SmallCNN
+        return kind((1, 28, 28), 10)
 
     def shard(self, client: int) -> slice:
         """A client's samples where the shards are equal; beyond the last they begin again (`bare`)."""

@@ -39,24 +39,24 @@ def _is_plain(layer: nn.Linear) -> bool:
     return type(layer) in (nn.Linear, Linear) and trains and not watched
 
 
-@torch.no_grad()
 def _backpropagate(layers: list[nn.Linear], take: Take, images: Tensor, labels: Tensor) -> Tensor:
-    rows = images.flatten(1)
-    passed = []  # of each layer its input, and how its products are made
-    for number, layer in enumerate(layers, 1):
-        multiply = multiplying(layer, rows)
-        passed.append((layer, rows, multiply))
-        rows = multiply(rows, layer.weight, layer.bias)
-        if number < len(layers):
-            rows.relu_()
-    loss, gradient = _cross_entropy(rows, labels)
-    for layer, rows, multiply in reversed(passed):
-        above = gradient
-        if layer is not layers[0]:
-            gradient = aten.threshold_backward(multiply(above, layer.weight.t(), None), rows, 0)
-        take(layer.weight, multiply(above.t(), rows.t(), None))
-        take(layer.bias, above.sum(0))
-    return loss
+    with torch.no_grad():
+        rows = images.flatten(1)
+        passed = []  # of each layer its input, and how its products are made
+        for number, layer in enumerate(layers, 1):
+            multiply = multiplying(layer, rows)
+            passed.append((layer, rows, multiply))
+            rows = multiply(rows, layer.weight, layer.bias)
+            if number < len(layers):
+                rows.relu_()
+        loss, gradient = _cross_entropy(rows, labels)
+        for layer, rows, multiply in reversed(passed):
+            above = gradient
+            if layer is not layers[0]:
+                gradient = aten.threshold_backward(multiply(above, layer.weight.t(), None), rows, 0)
+            take(layer.weight, multiply(above.t(), rows.t(), None))
+            take(layer.bias, above.sum(0))
+        return loss
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_WEIGHTS, LEAST_ROWS = 1 << 15, 32
-"""Smaller products gain nothing. Each number of rows has code of its own, made at its first use in half a ms."""
+LEAST_WEIGHTS, LEAST_PRODUCTS = 1 << 15, 1 << 20
+"""Smaller layers, or fewer weights times rows, gain nothing.
+
+Each number of rows has code of its own, made at its first use in half a ms.
+"""
 
 
 def hasten(model: nn.Module) -> None:
@@ -40,9 +43,10 @@ class Linear(nn.Linear):
     def suits(self, rows: Tensor) -> bool:
         """Whether these are rows that oneDNN multiplies."""
         weight = self.weight
-        dense = rows.ndim == 2 and len(rows) >= LEAST_ROWS and rows.is_contiguous() and weight.is_contiguous()
+        many = rows.ndim == 2 and len(rows) * weight.numel() >= LEAST_PRODUCTS
         single = rows.dtype == weight.dtype == torch.float32 and rows.device == weight.device == _CPU
-        return dense and single and not torch.is_autocast_enabled("cpu")
+        dense = rows.is_contiguous() and weight.is_contiguous()
+        return many and single and dense and not torch.is_autocast_enabled("cpu")
 
 
 _CPU = torch.device("cpu")
