@@ -62,6 +62,14 @@ def sum_of_2(total: NDArray[np.float64], rows: Rows, weights: NDArray[np.float64
         total[i] = a[i] * weights[0] + b[i] * weights[1]
 
 
+@_compiled(types.void(DOUBLE, types.UniTuple(SINGLE, 4), DOUBLE))
+def sum_of_4(total: NDArray[np.float64], rows: Rows, weights: NDArray[np.float64]) -> None:
+    """As `sum_of_2`."""
+    a, b, c, d = rows
+    for i in range(len(total)):
+        total[i] = (a[i] * weights[0] + b[i] * weights[1]) + (c[i] * weights[2] + d[i] * weights[3])
+
+
 @_compiled(types.void(DOUBLE, types.UniTuple(SINGLE, 8), DOUBLE))
 def sum_of_8(total: NDArray[np.float64], rows: Rows, weights: NDArray[np.float64]) -> None:
     """As `sum_of_2`."""

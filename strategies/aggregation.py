@@ -124,8 +124,9 @@ class MeanModel:
 def _weighted_sum(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Σ weights_k · values_k in float64, of a power of two of vectors, in pairs; the same bits whichever way."""
     total = np.empty(len(values[0]))
-    if len(values) in (2, 8) and (loops := loops_for(*values)):
-        (loops.sum_of_2 if len(values) == 2 else loops.sum_of_8)(total, tuple(values), weights)
+    if len(values) in (2, 4, 8) and (loops := loops_for(*values)):
+        add = {2: loops.sum_of_2, 4: loops.sum_of_4, 8: loops.sum_of_8}[len(values)]
+        add(total, tuple(values), weights)
         return total
     for start in range(0, len(total), STRETCH):
         stretch = slice(start, start + STRETCH)

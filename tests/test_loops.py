@@ -67,7 +67,7 @@ def test_moments_of_what_is_not_finite_are_not(odd, length):
 
 
 @quick
-@given(st.data(), st.sampled_from([(2, loops.sum_of_2), (8, loops.sum_of_8)]), st.integers(0, 70))
+@given(st.data(), st.sampled_from([(2, loops.sum_of_2), (4, loops.sum_of_4), (8, loops.sum_of_8)]), st.integers(0, 70))
 def test_sums_are_numpys_to_the_last_bit(data, some, length):
     count, add = some
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
