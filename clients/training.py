@@ -21,7 +21,7 @@ from fedwsa.models.backpropagation import Take, by_hand
 if TYPE_CHECKING:
     from fedwsa.regularizer import WeightScopeRegularizer
 
-Step = Callable[[Tensor, Tensor], Tensor]
+TrainStep = Callable[[Tensor, Tensor], Tensor]
 """Takes images and labels of a batch, makes a step with them, and gives the task loss before it."""
 
 
@@ -56,37 +56,36 @@ def train(
     quick = _quick_step(model, config, alignment, regularizer) if objective is None else None
     step = quick or _usual_step(model, config, alignment, regularizer, objective)
     total, steps = torch.zeros((), device=labels.device), 0
-    with torch.inference_mode(quick is not None):  # PyTorch keeps no books then
-        for _ in range(config.local_epochs):
-            order = torch.randperm(len(labels), generator=generator).to(labels.device)
-            for batch in _batches(order, config.batch_size, model):
-                total += step(images[batch], labels[batch])
-                steps += 1
+    for _ in range(config.local_epochs):
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        for batch in _batches(order, config.batch_size, model):
+            total += step(images[batch], labels[batch])
+            steps += 1
     return Training(float(total) / steps, steps, regularizer.strength if regularizer else 0.0)
 
 
 def _quick_step(
     model: nn.Module, config: Config, alignment: Alignment | None, regularizer: "WeightScopeRegularizer | None"
-) -> Step | None:
+) -> TrainStep | None:
     """Changes each parameter while its gradient is in the cache, to the same bits as `_usual_step`.
 
     None where a model's gradients cannot be had by hand, or a step needs all of them, or more than them.
     """
     backpropagate = by_hand(model)
-    if not backpropagate or not _is_plain_descent(config) or config.clip_norm:
+    if not backpropagate or not _is_plain(config) or config.clip_norm:
         return None
     if regularizer:
-        descend = None if alignment and alignment.share > 0 else regularizer.descent(config.learning_rate)
+        take = None if alignment and alignment.share > 0 else regularizer.one_by_one(config.learning_rate)
     else:
-        descend = _descent(config.learning_rate)
-    return partial(backpropagate, descend) if descend else None
+        take = _one_by_one(config.learning_rate)
+    return partial(backpropagate, take) if take else None
 
 
-def _descent(learning_rate: float) -> Take:
-    def descend(parameter: Tensor, gradient: Tensor) -> None:
+def _one_by_one(learning_rate: float) -> Take:
+    def step(parameter: Tensor, gradient: Tensor) -> None:
         parameter.add_(gradient, alpha=-learning_rate)
 
-    return descend
+    return step
 
 
 def _usual_step(
@@ -95,11 +94,11 @@ def _usual_step(
     alignment: Alignment | None,
     regularizer: "WeightScopeRegularizer | None",
     objective: Objective | None,
-) -> Step:
+) -> TrainStep:
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     optimize, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
     backpropagate = None if objective else by_hand(model)
-    share = alignment.share if alignment and regularizer else 0.0  # until it has fixed λ
+    plain, share = _is_plain(config), alignment.share if alignment and regularizer else 0.0  # until it has fixed λ
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         nonlocal share
@@ -116,7 +115,6 @@ def _usual_step(
             if objective:
                 objective.add_gradient()
             if regularizer:
-                plain = _is_plain_descent(config)
                 regularizer.descend(config.learning_rate) if plain else regularizer.add_gradient()
             optimize()
             if regularizer:
@@ -126,7 +124,8 @@ def _usual_step(
     return step
 
 
-def _is_plain_descent(config: Config) -> bool:
+def _is_plain(config: Config) -> bool:
+    """Whether the optimiser is SGD that adds the gradient and nothing else."""
     return config.optimizer == "sgd" and config.momentum == config.weight_decay == 0
 
 

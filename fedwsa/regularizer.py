@@ -126,26 +126,28 @@ class WeightScopeRegularizer:
     def _pull(self, s: float, held: Held) -> None:
         self._units.pull(s, held, into_gradient=False)
 
-    def descent(self, learning_rate: float) -> Callable[[Tensor, Tensor], None] | None:
-        """A function that makes a step of SGD without momentum on one parameter, of which it gets the gradient.
+    def one_by_one(self, learning_rate: float) -> Callable[[Tensor, Tensor], None] | None:
+        """A function of a parameter that trains and its gradient: makes its whole step of plain SGD.
 
-        It gives the parameter what `descend` or, after the step, `proximal_step` gives it. With the unit "model" there
-        is none (None): a step needs to know all weights. learning_rate: as in `descend`.
+        Before it in loss mode, or after it in proximal mode, a layer of the target gets what `descend` or
+        `proximal_step` would give it. To be called under `torch.no_grad()`. None for the unit "model", whose terms need
+        all weights at the same time. learning_rate: η >= 0, else ValueError. A λ that is fixed later is not noticed.
         """
         _check_rate(learning_rate)
         if self.granularity == "model":
             return None
-        rate, ours = float(learning_rate), {id(parameter) for parameter in self._parameters.values()}
+        rate, strength, loss = float(learning_rate), self._strength * float(learning_rate), self.mode == "loss"
+        layers = {id(parameter): {id(parameter)} for parameter in self._parameters.values()} if strength else {}
 
-        def descend(parameter: Tensor, gradient: Tensor) -> None:
-            strength = self._strength * rate if id(parameter) in ours else 0.0
-            if strength and self.mode == "loss":
-                self._pull(-strength, {id(parameter)})
+        def step(parameter: Tensor, gradient: Tensor) -> None:
+            held = layers.get(id(parameter))
+            if held and loss:
+                self._pull(-strength, held)
             parameter.add_(gradient, alpha=-rate)
-            if strength and self.mode == "proximal":
-                self._pull(strength, {id(parameter)})
+            if held and not loss:
+                self._pull(strength, held)
 
-        return descend
+        return step
 
     def proximal_step(self, learning_rate: float, momentum: float = 0.0) -> None:
         """Proximal mode: replace the weights by the minimiser of ½‖w′ − w‖² + c R(w′), c = η λ/(1 − β).

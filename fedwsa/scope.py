@@ -23,7 +23,7 @@ from fedwsa.warmup import loops_for
 
 LayerPredicate = Callable[[str, Tensor], bool]
 T = TypeVar("T")
-LANES = 1024  # sums that `moments` makes side by side
+LANES = 1024  # sums that `moments` makes side by side, a power of two
 VARIANCE_FUSIONS = ("mean", "mixture", "independent", "merged")
 
 CLOSE = 0.9
@@ -117,9 +117,9 @@ def _sums(row: NDArray[Any]) -> tuple[float, float]:
         total, squares = loops.sums(row, LANES)
         return float(total), float(squares)
     values = np.zeros(-(-row.size // LANES) * LANES)
-    values[: row.size] = row
-    lanes = values.reshape(-1, LANES)
-    with np.errstate(all="ignore"):  # of what is not finite, or too large
+    with np.errstate(all="ignore"):  # of what is not finite
+        values[: row.size] = row
+        lanes = values.reshape(-1, LANES)
         return _in_halves(lanes), _in_halves(np.multiply(lanes, lanes, out=lanes))
 
 

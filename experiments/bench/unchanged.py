@@ -31,7 +31,7 @@ def train(message: Message, context: Context) -> Message:
         cache["training"] = load()
     images, labels = cache["training"]
     workload = WORKLOADS[str(message.content.config_records["config"]["workload"])]
-    model = workload.module()
+    model = workload.by_class()
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     shard = workload.shard(int(context.node_config["partition-id"]))
     local_epoch(model, images[shard], labels[shard])

@@ -63,10 +63,10 @@ class Workload:
         """A new model, the same for every contestant."""
         return models.build(self.model, (1, 28, 28), 10, seed=0)
 
-    def module(self) -> nn.Module:
-        """A model by its class, as a user's script makes one: its weights are by the global generator."""
-        kind = MLP if self.model == "mlp" else SmallCNN
-        return kind((1, 28, 28), 10)
+    def by_class(self) -> nn.Module:
+        """A model as a user's script makes one: its initial weights are by the global generator."""
+        classes: dict[str, type[MLP | SmallCNN]] = {"mlp": MLP, CNN: SmallCNN}
+        return classes[self.model]((1, 28, 28), 10)
 
     def shard(self, client: int) -> slice:
         """A client's samples where the shards are equal; beyond the last they begin again (`bare`)."""

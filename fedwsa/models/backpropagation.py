@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fedwsa.models.linear import Linear, multiplying
 from fedwsa.models.mlp import MLP
@@ -19,42 +20,60 @@ Take = Callable[[Tensor, Tensor], None]
 Backpropagate = Callable[[Take, Tensor, Tensor], Tensor]
 """Gives the mean cross-entropy, nats a sample, of images [n, C, H, W] and labels int64 [n], and takes its gradients."""
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
+
 aten = torch.ops.aten  # with the derivatives that autograd itself calls
 
 
 def by_hand(model: nn.Module) -> Backpropagate | None:
-    """How to backpropagate through a model; None where it is to be left to autograd.
+    """How to backpropagate through a model; None where it has to be left to autograd.
 
-    That is any but an `MLP` all of which trains, and one into which somebody looks while it computes (hooks).
+    It can be done through an `MLP` on the CPU, all of which trains, that was not rebuilt after it was made, and whose
+    tensors nobody watches by a hook. For a layer of one unit and a batch of one sample bits are not those of autograd.
     """
-    if type(model) is not MLP:
+    if type(model) is not MLP or list(model._modules) != ["layers"] or model._parameters or _is_watched(model):
         return None
-    layers = [layer for layer in model.layers if isinstance(layer, nn.Linear) and _is_plain(layer)]
-    return partial(_backpropagate, layers) if len(layers) == len(model.layers) else None
+    layers = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
+    tensors = [tensor for layer in layers for tensor in layer._parameters.values()]
+    distinct = len(set(map(id, tensors)))
+    if not len(model.layers) == len(layers) == distinct / 2 > 0 or not all(map(_is_plain, tensors)):
+        return None
+    if any(type(layer) not in (nn.Linear, Linear) or _is_watched(layer) for layer in layers):
+        return None
+    if _has_any_global_hook() or torch.is_autocast_enabled("cpu"):  # type: ignore[no-untyped-call]
+        return None
+    return partial(_backpropagate, layers)
 
 
-def _is_plain(layer: nn.Linear) -> bool:
-    trains = layer.weight.requires_grad and layer.bias.requires_grad
-    watched = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (nn.Linear, Linear) and trains and not watched
+def _is_plain(tensor: Tensor | None) -> bool:
+    """Whether it is a dense parameter that trains, and nobody watches its gradient."""
+    if type(tensor) is not nn.Parameter or not (tensor.requires_grad and tensor.is_cpu and tensor.is_contiguous()):
+        return False
+    return not (tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a call of it does more, or something else, than its class says."""
+    own = vars(module)
+    return any(own[hooks] for hooks in HOOKS) or "forward" in own
 
 
 def _backpropagate(layers: list[nn.Linear], take: Take, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        rows = images.flatten(1)
-        passed = []  # of each layer its input, and how its products are made
+        outputs = images.flatten(1)
+        passed = []  # each layer, its input, and how its products are made
         for number, layer in enumerate(layers, 1):
-            multiply = multiplying(layer, rows)
-            passed.append((layer, rows, multiply))
-            rows = multiply(rows, layer.weight, layer.bias)
+            multiply = multiplying(layer, outputs)
+            passed.append((layer, outputs, multiply))
+            outputs = multiply(outputs, layer.weight, layer.bias)
             if number < len(layers):
-                rows.relu_()
-        loss, gradient = _cross_entropy(rows, labels)
-        for layer, rows, multiply in reversed(passed):
+                outputs.relu_()
+        loss, gradient = _cross_entropy(outputs, labels)
+        for layer, inputs, multiply in reversed(passed):
             above = gradient
             if layer is not layers[0]:
-                gradient = aten.threshold_backward(multiply(above, layer.weight.t(), None), rows, 0)
-            take(layer.weight, multiply(above.t(), rows.t(), None))
+                gradient = aten.threshold_backward(multiply(above, layer.weight.t(), None), inputs, 0)
+            take(layer.weight, multiply(above.t(), inputs.t(), None))
             take(layer.bias, above.sum(0))
         return loss
 

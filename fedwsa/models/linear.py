@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_WEIGHTS, LEAST_PRODUCTS = 1 << 15, 1 << 20
-"""Smaller layers, or fewer weights times rows, gain nothing.
+LEAST_WEIGHTS = 1 << 15
+"""Of a layer; with fewer it gains nothing."""
 
-Each number of rows has code of its own, made at its first use in half a ms.
-"""
+LEAST_PRODUCTS = 1 << 20
+"""Rows times weights; with fewer, a product gains nothing. Each number of rows has code of its own, made at its first
+use in half a millisecond."""
 
 
 def hasten(model: nn.Module) -> None:
@@ -55,7 +56,7 @@ Multiply = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def multiplying(layer: nn.Linear, rows: Tensor) -> Multiply:
-    """How a layer, or autograd, multiplies for these rows: a · bᵀ + bias, without derivatives."""
+    """How the products of a layer are made for these rows, forwards and backwards: a · bᵀ + bias."""
     return _multiply if isinstance(layer, Linear) and layer.suits(rows) else F.linear
 
 
