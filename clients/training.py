@@ -98,7 +98,8 @@ def _usual_step(
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     optimize, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
     backpropagate = None if objective else by_hand(model)
-    plain, share = _is_plain(config), alignment.share if alignment and regularizer else 0.0  # until it has fixed λ
+    plain = _is_plain(config)
+    share = alignment.share if alignment and regularizer else 0.0  # until it has fixed λ
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         nonlocal share

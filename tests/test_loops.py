@@ -66,6 +66,14 @@ def test_moments_of_what_is_not_finite_are_not(odd, length):
         assert not all(math.isfinite(number) for number in found)
 
 
+@pytest.mark.filterwarnings("error")
+def test_moments_of_signalling_nans_come_without_a_warning():
+    """As damaged bytes may hold them: turning them into doubles is an invalid operation."""
+    row = np.full(3000, 0x7FA00000, np.uint32).view(np.float32)
+    for found in both_ways(moments, torch.from_numpy(row)):
+        assert all(map(math.isnan, found))
+
+
 @quick
 @given(st.data(), st.sampled_from([(2, loops.sum_of_2), (4, loops.sum_of_4), (8, loops.sum_of_8)]), st.integers(0, 70))
 def test_sums_are_numpys_to_the_last_bit(data, some, length):
