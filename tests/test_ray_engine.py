@@ -1,5 +1,6 @@
 """The engine on Ray's actors: the same bits as in one process, whatever dies on the way."""
 
+import gc
 import os
 import random
 import resource
@@ -270,6 +271,20 @@ def test_a_worker_keeps_the_memory_that_a_client_frees_for_the_next(engine):
         by_worker.setdefault(told["pid"], []).append(told["value"])
     for faults in by_worker.values():
         assert max(faults[2:]) < 1000, "of 3,125 pages"
+
+
+def test_a_worker_s_garbage_collector_looks_at_what_was_imported_no_more(engine):
+    """A full pass over PyTorch's modules takes 0.1 s, in the middle of a round."""
+
+    def train(message, context):
+        return reply(message, value=len(gc.get_objects()), frozen=gc.get_freeze_count(), pid=os.getpid())
+
+    def main(grid):
+        return [each.content["config"] for _ in range(3) for each in grid.send_and_receive(messages(grid))]
+
+    last = {told["pid"]: told for told in federate(main, train, 8, engine)}
+    for told in last.values():
+        assert told["frozen"] > 10 * told["value"]
 
 
 def test_a_message_arrives_as_it_was_sent(engine):

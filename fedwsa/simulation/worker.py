@@ -1,6 +1,7 @@
 """The worker: a process that holds the client app and does tasks, one after another."""
 
 import ctypes
+import gc
 import os
 import socket
 import sys
@@ -58,6 +59,7 @@ class Worker:
         self.pickled: bytes | None = None
         self.make: MakeFold | None = None
         self.connection: Connection | None = None
+        self.modules = 0  # imported when `_set_aside` last looked
 
     def connect(self, path: str, node_id: str) -> int | None:
         """This process's id once it is connected to the server's socket; None on another of Ray's nodes than its."""
@@ -113,9 +115,19 @@ class Worker:
         if packed.make != self.pickled:
             self.pickled, self.make = packed.make, None if packed.make is None else cloudpickle.loads(packed.make)
         outcome = perform(population, Task(jobs, self.make))
+        self._set_aside()
         if tracing.is_on():
             outcome.worker, outcome.slices = self.name, tracing.take()
         return outcome
+
+    def _set_aside(self) -> None:
+        """Spare the garbage collector what has been imported: a pass over all of it is a pause of 0.1 s.
+
+        Between two tasks, when hardly anything else is there.
+        """
+        if len(sys.modules) > self.modules:
+            self.modules = len(sys.modules)
+            gc.freeze()
 
 
 def _keep_memory() -> None:
