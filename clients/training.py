@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
@@ -180,13 +181,30 @@ def _batches(order: Tensor, size: int, model: nn.Module) -> list[Tensor]:
     return batches
 
 
+_LAST: "list[tuple[Alignment, dict[str, Tensor], WeightScopeRegularizer]]" = []  # one at the most
+
+
 def _regularizer(model: nn.Module, alignment: Alignment | None) -> "WeightScopeRegularizer | None":
+    """What aligns; the clients of a round have one together, unless each finds its own λ."""
     if alignment is None or alignment.strength == 0:
         return None
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    for known, before, regularizer in _LAST:
+        same = list(before) == list(parameters) and all(map(is_, before.values(), parameters.values()))
+        if same and known == alignment:
+            return regularizer
+    regularizer = _make_regularizer(model, parameters, alignment)
+    _LAST[:] = [] if alignment.share > 0 else [(alignment, parameters, regularizer)]
+    return regularizer
+
+
+def _make_regularizer(
+    model: nn.Module, parameters: dict[str, Tensor], alignment: Alignment
+) -> "WeightScopeRegularizer":
     # Its compiler takes time and memory that others need not spend.
     from fedwsa.regularizer import WeightScopeRegularizer
 
-    parameters, target = dict(model.named_parameters()), alignment.target
+    target = alignment.target
     if alignment.layers:
         parameters = {name: weights for name, weights in parameters.items() if name in alignment.layers}
     layers = [layer_of(name, alignment.granularity) for name in target.names]

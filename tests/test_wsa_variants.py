@@ -23,11 +23,12 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedMedian
 from safetensors.torch import load_file
 
+from clients import training
 from clients.objectives import Objective, Task
 from clients.training import train
 from experiments.run import check
 from fedwsa import messages, models
-from fedwsa.arrays import pack
+from fedwsa.arrays import fill, pack
 from fedwsa.config import ConfigError
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.run_folder import StrategyFolder
@@ -486,3 +487,46 @@ def test_strength_zero_is_plain_fedavg_bit_for_bit_and_one_is_not(wsa, tmp_path)
     plain, off, on = (load_file(folder / "final.safetensors") for folder in files)
     assert all(torch.equal(plain[name], off[name]) for name in plain)
     assert any(not torch.equal(plain[name], on[name]) for name in plain)
+
+
+def test_clients_of_a_round_have_one_regularizer_and_others_their_own(monkeypatch):
+    """One of a model of before, of another target or of a λ that moves would pull wrongly, without a word."""
+    monkeypatch.setattr(training, "_LAST", [])
+    model = models.build("mlp", (1, 8, 8), 10, seed=0)
+    alignment, same, other = (alignment_towards(factor, model.state_dict()) for factor in (1.5, 1.5, 2.0))
+    first = training._regularizer(model, alignment)
+    assert training._regularizer(model, same) is first
+    assert training._regularizer(model, None) is None
+    assert training._regularizer(model, same) is first
+    second = training._regularizer(model, other)
+    assert second is not first
+    another = models.build("mlp", (1, 8, 8), 10, seed=0)
+    third = training._regularizer(another, other)
+    assert third is not second
+    another.layers[0].weight = torch.nn.Parameter(another.layers[0].weight.detach().clone())
+    assert training._regularizer(another, other) is not third
+    moving = alignment_towards(2.0, model.state_dict(), share=0.5)
+    assert training._regularizer(another, moving) is not training._regularizer(another, moving)
+
+
+@pytest.mark.parametrize("mode", ["loss", "proximal"])
+@pytest.mark.parametrize("granularity", ["layer", "channel", "model"])
+def test_a_regularizer_used_before_gives_the_bits_of_a_new_one(mode, granularity, monkeypatch):
+    trained = []
+    for kept in (True, False):
+        monkeypatch.setattr(training, "_LAST", [])
+        model = models.build("mlp", (1, 8, 8), 10, seed=0)
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        layers = {name: tensor for name, tensor in model.named_parameters() if tensor.ndim > 1}
+        target = measure({name: 1.5 * tensor for name, tensor in layers.items()}, granularity=granularity)
+        alignment = messages.Alignment(target, 3.0, mode, "sum", granularity=granularity, layers=tuple(layers))
+        images = torch.randn(30, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        labels = torch.arange(30) % 10
+        for client in range(2):
+            fill(model, pack({name: tensor.clone() for name, tensor in start.items()}))
+            train(model, images, labels, tiny(learning_rate=0.1), torch_generator(0, "client", 1, client), alignment)
+            if not kept:
+                training._LAST.clear()
+        trained.append([weights.detach().clone() for weights in model.parameters()])
+    for one, other in zip(*trained, strict=True):
+        assert torch.equal(one, other)
