@@ -17,7 +17,7 @@ from fedwsa.config import Config
 from fedwsa.data.augmentation import Augmented
 from fedwsa.granularity import layer_of
 from fedwsa.messages import Alignment
-from fedwsa.models.backpropagation import Take, by_hand
+from fedwsa.models.backpropagation import Backpropagate, Take, by_hand
 
 if TYPE_CHECKING:
     from fedwsa.regularizer import WeightScopeRegularizer
@@ -54,8 +54,9 @@ def train(
     if not model.training:  # it goes through all modules
         model.train()
     regularizer = _regularizer(model, alignment)
-    quick = _quick_step(model, config, alignment, regularizer) if objective is None else None
-    step = quick or _usual_step(model, config, alignment, regularizer, objective)
+    backpropagate = None if objective else by_hand(model)
+    quick = _quick_step(backpropagate, config, alignment, regularizer) if backpropagate else None
+    step = quick or _usual_step(model, config, alignment, regularizer, objective, backpropagate)
     total, steps = torch.zeros((), device=labels.device), 0
     for _ in range(config.local_epochs):
         order = torch.randperm(len(labels), generator=generator).to(labels.device)
@@ -66,14 +67,16 @@ def train(
 
 
 def _quick_step(
-    model: nn.Module, config: Config, alignment: Alignment | None, regularizer: "WeightScopeRegularizer | None"
+    backpropagate: Backpropagate,
+    config: Config,
+    alignment: Alignment | None,
+    regularizer: "WeightScopeRegularizer | None",
 ) -> TrainStep | None:
     """Changes each parameter while its gradient is in the cache, to the same bits as `_usual_step`.
 
-    None where a model's gradients cannot be had by hand, or a step needs all of them, or more than them.
+    None where a step needs all of the gradient, or more than it.
     """
-    backpropagate = by_hand(model)
-    if not backpropagate or not _is_plain(config) or config.clip_norm:
+    if not _is_plain(config) or config.clip_norm:
         return None
     if regularizer:
         take = None if alignment and alignment.share > 0 else regularizer.one_by_one(config.learning_rate)
@@ -95,10 +98,10 @@ def _usual_step(
     alignment: Alignment | None,
     regularizer: "WeightScopeRegularizer | None",
     objective: Objective | None,
+    backpropagate: Backpropagate | None,
 ) -> TrainStep:
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     optimize, momentum = step_of(parameters, config), config.momentum if config.optimizer == "sgd" else 0.0
-    backpropagate = None if objective else by_hand(model)
     plain = _is_plain(config)
     share = alignment.share if alignment and regularizer else 0.0  # until it has fixed λ
 

@@ -269,8 +269,7 @@ def test_a_step_of_one_parameter_is_the_step_of_all(mode, granularity):
     steps = []
     for one_by_one in (True, False):
         model = mlp((40, 30))
-        parameters = dict(model.named_parameters())
-        layers = {name: weights for name, weights in parameters.items() if is_layer(name, weights)}
+        layers = {name: weights for name, weights in model.named_parameters() if is_layer(name, weights)}
         target = measure({name: 1.5 * weights for name, weights in layers.items()}, granularity=granularity)
         term = WeightScopeRegularizer(layers.items(), target, strength=2.0, mode=mode, granularity=granularity)
         gradients = [torch.randn(each.shape, generator=torch.Generator().manual_seed(1)) for each in model.parameters()]

@@ -18,8 +18,10 @@ LEAST_WEIGHTS = 1 << 15
 """Of a layer; with fewer it gains nothing."""
 
 LEAST_PRODUCTS = 1 << 20
-"""Rows times weights; with fewer, a product gains nothing. Each number of rows has code of its own, made at its first
-use in half a millisecond."""
+"""Rows times weights; with fewer, a product gains nothing.
+
+Each number of rows has code of its own, made at its first use in half a millisecond.
+"""
 
 
 def hasten(model: nn.Module) -> None:
