@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Self
 
 import numpy as np
@@ -52,8 +53,8 @@ class MeanModel:
     def __init__(self) -> None:
         self.layout: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}  # shape and type by name
         self.weight = 0.0
-        self._replies: list[_Reply] = []  # that are not summed yet: 1, 2 or 4, to be added in pairs
-        self._sums: list[NDArray[np.float64]] | None = None  # flat, an array each; None while there are replies
+        self._replies: list[_Reply] = []  # that are not summed yet: a power of two, to be added in pairs
+        self._sums: NDArray[np.float64] | None = None  # flat, array by array; None while there are replies
 
     def add(self, arrays: ArrayRecord, weight: float) -> None:
         """Raises ValueError naming what differs, where names or shapes do."""
@@ -82,14 +83,22 @@ class MeanModel:
             if len(self._replies) == AT_ONCE:
                 self._settle()
             return
-        pairs = zip(self._settle(), later._totals(), strict=True)
-        self._sums = [np.add(one, other, out=one if one.flags.writeable else None) for one, other in pairs]
+        sums = self._settle()
+        self._sums = sums = sums if sums.flags.writeable else sums.copy()
+        if later._sums is not None:
+            sums += later._sums
+            return
+        for total, values in later._unsummed(sums):  # an array after the other: a model's sums are large
+            total += _weighted_sum(values, later._weights(), np.empty(len(total)))
 
     def record(self) -> ArrayRecord:
         """The mean of what was added."""
-        means = zip(self.layout.items(), self._settle(), strict=True)
+        sums = self._by_array(self._settle())
         return record_of(
-            {name: as_type((sum_ / self.weight).reshape(shape), kind) for (name, (shape, kind)), sum_ in means}
+            {
+                name: as_type((sums[name] / self.weight).reshape(shape), kind)
+                for name, (shape, kind) in self.layout.items()
+            }
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -98,32 +107,43 @@ class MeanModel:
             self._settle()
         return self.__dict__
 
-    def _totals(self) -> Iterator[NDArray[np.float64]]:
-        """The sums, an array after the other, made now if they are not there."""
-        if self._sums is not None:
-            return iter(self._sums)
-        weights = np.array([reply.weight for reply in self._replies], np.float64)
-        arrays = zip(*(reply.values for reply in self._replies), strict=True)
-        return (_weighted_sum(values, weights) for values in arrays)
-
-    def _settle(self) -> list[NDArray[np.float64]]:
-        """The sums, in place of replies; nothing where nothing was added."""
-        if self._replies:
-            self._sums = list(self._totals())
+    def _settle(self) -> NDArray[np.float64]:
+        """The sums, in place of replies; empty where nothing was added."""
+        if self._sums is None:
+            self._sums = np.empty(sum(prod(shape) for shape, _ in self.layout.values()))
+            for total, values in self._unsummed(self._sums):
+                _weighted_sum(values, self._weights(), total)
             self._replies = []
-        return self._sums or []
+        return self._sums
+
+    def _weights(self) -> NDArray[np.float64]:
+        return np.array([reply.weight for reply in self._replies], np.float64)
+
+    def _unsummed(self, sums: NDArray[np.float64]) -> Iterator[tuple[NDArray[np.float64], Sequence[NDArray[Any]]]]:
+        """Each array's part of the sums, and the replies' vectors for it."""
+        vectors = zip(*(reply.values for reply in self._replies), strict=True)
+        return zip(self._by_array(sums).values(), vectors, strict=True)
+
+    def _by_array(self, sums: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """Each array's part of the sums, flat."""
+        parts, start = {}, 0
+        for name, (shape, _) in self.layout.items():
+            end = start + prod(shape)
+            parts[name], start = sums[start:end], end
+        return parts
 
     def _put_in_order(self, names: list[str]) -> None:
         if unlike := set(names) ^ self.layout.keys():
             raise ValueError(f"array names differ: {sorted(unlike)}")
-        sums = dict(zip(self.layout, self._settle(), strict=True))
+        sums = self._by_array(self._settle())
         self.layout = {name: self.layout[name] for name in names}
-        self._sums = [sums[name] for name in names]
+        self._sums = np.concatenate([sums[name] for name in names])
 
 
-def _weighted_sum(values: Sequence[NDArray[Any]], weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Σ weights_k · values_k in float64, of a power of two of vectors, in pairs; the same bits whichever way."""
-    total = np.empty(len(values[0]))
+def _weighted_sum(
+    values: Sequence[NDArray[Any]], weights: NDArray[np.float64], total: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """total = Σ weights_k · values_k, of a power of two of vectors, in pairs; the same bits whichever way."""
     if len(values) in (2, 4, 8) and (loops := loops_for(*values)):
         add = {2: loops.sum_of_2, 4: loops.sum_of_4, 8: loops.sum_of_8}[len(values)]
         add(total, tuple(values), weights)
