@@ -55,10 +55,11 @@ def train_message(message: Message, context: Context) -> Message:
     keep(state, local, context, settings)
     state = {name: tensor.cpu() for name, tensor in state.items()}  # from a card once
     reply = {**state, **sent}  # in the order of the state
-    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: training.loss})
+    # The scope is that of what it trained, also where the server gets none of it.
+    own_scope = messages.pack_scope(measure(state))
+    metrics = MetricRecord({messages.NUM_EXAMPLES: len(labels), messages.LOSS: training.loss, **own_scope})
     if alignment and alignment.share > 0:
         metrics[messages.SCOPE_STRENGTH] = training.strength
-    metrics.update(messages.pack_scope(measure(state)))  # of what it trained, also where the server gets none of it
     if alignment and alignment.granularity != "layer":
         pooled = {name: tensor for name, tensor in state.items() if not alignment.layers or name in alignment.layers}
         scope = measure(pooled, granularity=alignment.granularity)

@@ -53,7 +53,8 @@ class NumpyArray(Array):
     def __copy__(self) -> "NumpyArray":
         """Another with the same numbers; Python's own way to it takes ten times as long."""
         copied = object.__new__(type(self))
-        copied.__dict__.update(self.__getstate__())
+        copied.__dict__.update(self.__dict__)
+        copied.__dict__.pop("_chunks", None)  # see __getstate__
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _header(text: bytes) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
 
 def pack(state: Mapping[str, Tensor]) -> ArrayRecord:
     """State dict to record; the tensors' memory is shared where they lie on the CPU, so hand over what is yours."""
-    return record_of({name: tensor.detach().cpu().contiguous().numpy() for name, tensor in state.items()})
+    return record_of({name: tensor.contiguous().numpy(force=True) for name, tensor in state.items()})
 
 
 def record_of(arrays: Mapping[str, NDArray[Any]]) -> ArrayRecord:
@@ -147,7 +148,7 @@ def load(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> None:
     average them as floats. Raises ValueError naming what differs, where names or shapes do.
     """
     for tensor, values in _matched(state, record):
-        _write(tensor, values)
+        _write(tensor.detach(), values)
 
 
 def fill(module: nn.Module, record: Mapping[str, Array]) -> dict[str, Tensor]:
@@ -166,9 +167,9 @@ def fill(module: nn.Module, record: Mapping[str, Array]) -> dict[str, Tensor]:
 
 def _write(tensor: Tensor, values: NDArray[Any]) -> None:
     if tensor.device.type == "cpu":
-        np.copyto(tensor.detach().numpy(), values, casting="unsafe")  # the values' memory may be read-only
+        np.copyto(tensor.numpy(), values, casting="unsafe")  # the values' memory may be read-only
     else:
-        tensor.detach().copy_(torch.tensor(values).pin_memory(), non_blocking=True)
+        tensor.copy_(torch.tensor(values).pin_memory(), non_blocking=True)
 
 
 def _matched(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> Iterator[tuple[Tensor, NDArray[Any]]]:
@@ -177,7 +178,7 @@ def _matched(state: Mapping[str, Tensor], record: Mapping[str, Array]) -> Iterat
         raise ValueError(f"array names differ from the model's: {sorted(unlike)}")
     for name, tensor in state.items():
         values = view(record[name])
-        if tuple(tensor.shape) != values.shape:
+        if tensor.shape != values.shape:
             raise ValueError(f"{name}: shape {values.shape}, the model has {tuple(tensor.shape)}")
         if values.dtype.kind == "f" and not tensor.is_floating_point():
             values = np.rint(values)

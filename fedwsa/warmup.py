@@ -15,6 +15,8 @@ SMALL = 1 << 16
 ENOUGH = 1 << 24
 """Numbers in the larger models that a process trained without: a run that gets there is likely to go on."""
 
+SINGLE = np.dtype(np.float32)
+
 _trained = 0
 _loops: ModuleType | None = None
 
@@ -34,5 +36,8 @@ def loops_for(*rows: NDArray[Any]) -> ModuleType | None:
 
     Whoever asks has the same loop in NumPy, to the last bit: no result depends on the answer.
     """
-    plain = all(row.dtype == np.float32 and row.flags.c_contiguous and row.flags.aligned for row in rows)
-    return _loops if plain else None
+    for row in rows:
+        flags = row.flags
+        if row.dtype != SINGLE or not (flags.c_contiguous and flags.aligned):
+            return None
+    return _loops

@@ -22,7 +22,11 @@ Backpropagate = Callable[[Take, Tensor, Tensor], Tensor]
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # of a module
 
-aten = torch.ops.aten  # with the derivatives that autograd itself calls
+# The derivatives that autograd itself calls; by their overloads, which PyTorch looks for at each call otherwise.
+threshold_backward = torch.ops.aten.threshold_backward.default
+nll_loss_forward = torch.ops.aten.nll_loss_forward.default
+nll_loss_backward = torch.ops.aten.nll_loss_backward.default
+log_softmax_backward = torch.ops.aten._log_softmax_backward_data.default
 
 
 def by_hand(model: nn.Module) -> Backpropagate | None:
@@ -72,7 +76,7 @@ def _backpropagate(layers: list[nn.Linear], take: Take, images: Tensor, labels: 
         for layer, inputs, multiply in reversed(passed):
             above = gradient
             if layer is not layers[0]:
-                gradient = aten.threshold_backward(multiply(above, layer.weight.t(), None), inputs, 0)
+                gradient = threshold_backward(multiply(above, layer.weight.t(), None), inputs, 0)
             take(layer.weight, multiply(above.t(), inputs.t(), None))
             take(layer.bias, above.sum(0))
         return loss
@@ -82,6 +86,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over the samples, and its gradient [n, num_classes]."""
     logs = logits.log_softmax(1)
     mean, ignored = 1, -100  # how `F.cross_entropy` reduces, and the label that it leaves out
-    loss, counted = aten.nll_loss_forward(logs, labels, None, mean, ignored)
-    gradient = aten.nll_loss_backward(loss.new_ones(()), logs, labels, None, mean, ignored, counted)
-    return loss, aten._log_softmax_backward_data(gradient, logs, 1, logs.dtype)
+    loss, counted = nll_loss_forward(logs, labels, None, mean, ignored)
+    gradient = nll_loss_backward(loss.new_ones(()), logs, labels, None, mean, ignored, counted)
+    return loss, log_softmax_backward(gradient, logs, 1, logs.dtype)

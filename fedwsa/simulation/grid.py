@@ -3,7 +3,6 @@
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import count
 
@@ -184,7 +183,7 @@ class SimulationGrid(Grid):
                 for key, record in content.items():  # one record in several contents stays one
                     own[key] = records.setdefault(id(record), (record, own[key]))[1]
                 contents[id(content)] = content, own
-            numbered.append(make_message(copy(message.metadata), contents[id(content)][1]))
+            numbered.append(make_message(_copy(message.metadata), contents[id(content)][1]))
         return numbered
 
     def partition_of(self, message: Message) -> int:
@@ -269,6 +268,13 @@ class SimulationGrid(Grid):
                 known.sending.arrived(known.position, 1, answer.reply)
         self._strike(known.partition_id, {answer.message_id})
         return known
+
+
+def _copy(metadata: Metadata) -> Metadata:
+    """Python's own way to it takes five times as long."""
+    copied = object.__new__(Metadata)
+    copied.__dict__.update(metadata.__dict__)
+    return copied
 
 
 def _unavailable(message_id: str) -> Message:
