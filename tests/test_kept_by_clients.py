@@ -80,4 +80,5 @@ def test_parameters_are_stepped_and_the_rest_is_averaged(kind, options, step, to
         assert found.dtype == start[key].dtype
         atol = 0.5 if found.dtype == torch.int64 else 0.1 * tolerance
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=atol)
-        assert key == "table" or not torch.equal(found, start[key])
+        # What BatchNorm takes out again has a gradient of rounding alone, which may not move it.
+        assert key in ("table", "1.bias") or not torch.equal(found, start[key])
