@@ -53,13 +53,14 @@ class NumpyArray(Array):
     def __copy__(self) -> "NumpyArray":
         """Another with the same numbers; Python's own way to it takes ten times as long."""
         copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        copied.__dict__.pop("_chunks", None)  # see __getstate__
+        copied.__dict__.update(self.__getstate__())
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the chunks that Flower keeps once it has cut the bytes: they cannot be pickled."""
-        return {key: value for key, value in self.__dict__.items() if key != "_chunks"}
+        state = dict(self.__dict__)
+        state.pop("_chunks", None)
+        return state
 
     def __eq__(self, other: object) -> bool:
         """Whether another `Array`, of whichever class, holds the same."""

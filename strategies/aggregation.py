@@ -88,8 +88,9 @@ class MeanModel:
         if later._sums is not None:
             sums += later._sums
             return
+        weights = later._weights()
         for total, values in later._unsummed(sums):  # an array after the other: a model's sums are large
-            total += _weighted_sum(values, later._weights(), np.empty(len(total)))
+            total += _weighted_sum(values, weights, np.empty(len(total)))
 
     def record(self) -> ArrayRecord:
         """The mean of what was added."""
@@ -111,8 +112,9 @@ class MeanModel:
         """The sums, in place of replies; empty where nothing was added."""
         if self._sums is None:
             self._sums = np.empty(sum(prod(shape) for shape, _ in self.layout.values()))
+            weights = self._weights()
             for total, values in self._unsummed(self._sums):
-                _weighted_sum(values, self._weights(), total)
+                _weighted_sum(values, weights, total)
             self._replies = []
         return self._sums
 

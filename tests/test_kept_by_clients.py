@@ -80,5 +80,7 @@ def test_parameters_are_stepped_and_the_rest_is_averaged(kind, options, step, to
         assert found.dtype == start[key].dtype
         atol = 0.5 if found.dtype == torch.int64 else 0.1 * tolerance
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=atol)
-        # What BatchNorm takes out again has a gradient of rounding alone, which may not move it.
-        assert key in ("table", "1.bias") or not torch.equal(found, start[key])
+        if key == "1.bias":  # which BatchNorm takes out again: its gradient is 0, and rounding may move it or not
+            torch.testing.assert_close(found, start[key])
+        else:
+            assert key == "table" or not torch.equal(found, start[key])
