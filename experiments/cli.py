@@ -17,6 +17,7 @@ from rich.console import Console
 
 from fedwsa import __version__, config
 from fedwsa.errors import RunError, UsageError
+from fedwsa.importing import uncollected
 
 app = typer.Typer(
     help="Federated learning when the clients' data are not alike: run, compare and merge.",
@@ -87,7 +88,8 @@ def run(
     if resume is not None and (config_file or set_ or given):
         raise config.ConfigError("--resume takes the config of the run folder; it goes with no other option")
     settings = _config(config_file, set_, options) if resume is None else None
-    from experiments import run as job  # PyTorch and Flower, over a second: not needed for help or a wrong key
+    with uncollected():
+        from experiments import run as job  # PyTorch and Flower, over a second: not needed for help or a wrong key
 
     try:
         if settings is not None:
@@ -130,9 +132,10 @@ def partition(
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
     _picture_format(out)
     _check_place("--json", json)
-    from clients.federation import federation
-    from experiments import partition_view as view
-    from fedwsa import files
+    with uncollected():
+        from clients.federation import federation
+        from experiments import partition_view as view
+        from fedwsa import files
 
     with _plainly(out):
         holdings = federation(settings)
@@ -158,7 +161,8 @@ def report(
     """
     if picture is not None:
         _picture_format(picture, "--picture", ("svg",))
-    from experiments.report import write_accuracy, write_report
+    with uncollected():
+        from experiments.report import write_accuracy, write_report
 
     with _plainly(folder / "report.html"):
         path = write_report(folder)
@@ -179,9 +183,10 @@ def inspect(
     CHECKPOINT: a model in a safetensors file, e.g. a run's final.safetensors.
     """
     form = _picture_format(out)
-    from experiments.inspection import draw_layers, layer_cells, layers_of
-    from experiments.table import rich_table
-    from fedwsa import files, weights
+    with uncollected():
+        from experiments.inspection import draw_layers, layer_cells, layers_of
+        from experiments.table import rich_table
+        from fedwsa import files, weights
 
     with _plainly(out):
         layers = layers_of(weights.read(checkpoint))
@@ -218,9 +223,10 @@ def barrier(
         if value < least:
             raise UsageError(f"{option} {value}: allowed is a whole number ≥ {least}")
     settings = _config(config_file, set_, {"model": model, "data": data, "data-dir": data_dir})
-    from experiments import barrier_view as view
-    from experiments.table import rich_table
-    from fedwsa import files
+    with uncollected():
+        from experiments import barrier_view as view
+        from experiments.table import rich_table
+        from fedwsa import files
 
     with _plainly(out):
         found = view.compare(

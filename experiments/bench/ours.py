@@ -5,22 +5,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from clients.client_app import app as client_app
-from clients.federation import federation
-from experiments.bench.workloads import (
-    BATCH,
-    LEARNING_RATE,
-    ON_A_CARD,
-    WORKERS,
-    WORKLOADS,
-    Stopwatch,
-    Workload,
-    arguments,
-)
-from fedwsa.config import Config, parse
-from fedwsa.simulation import Engine, open_engine, simulate
-from strategies.rounds import Event, Notify
-from strategies.server_app import make_app
+from fedwsa.importing import uncollected
+
+with uncollected():
+    from clients.client_app import app as client_app
+    from clients.federation import federation
+    from experiments.bench.workloads import (
+        BATCH,
+        LEARNING_RATE,
+        ON_A_CARD,
+        WORKERS,
+        WORKLOADS,
+        Stopwatch,
+        Workload,
+        arguments,
+    )
+    from fedwsa.config import Config, parse
+    from fedwsa.simulation import Engine, open_engine, simulate
+    from strategies.rounds import Event, Notify
+    from strategies.server_app import make_app
+
 
 ENGINES: dict[str, dict[str, Any]] = {
     "ray": {"name": "ray", "workers": WORKERS},  # all workers are up before round 1
