@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """For a program's own imports of PyTorch and Flower: without the garbage collector, which what is there then is
-    spared for good.
+    """A program's own imports of PyTorch and Flower, at which the garbage collector neither looks now nor later.
 
-    They make half a million objects, nearly all of which stay, and the collector goes through them again and again: an
-    eighth of the time from a process's start to the end of its first round.
+    They make half a million objects, nearly all of which stay, and it goes through them again and again: an eighth of
+    the time from a process's start to the end of its first round.
     """
     enabled = gc.isenabled()
     gc.disable()
