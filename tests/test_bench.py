@@ -1,6 +1,9 @@
+import sys
+
 import numpy as np
 import pytest
 
+from experiments.bench import __main__ as program
 from experiments.bench.measure import Contestant, Figure, Measurement
 from experiments.bench.rows import (
     DESCRIPTIONS,
@@ -132,3 +135,25 @@ def test_unequal_shards_are_disjoint_and_really_unequal():
     assert max(sizes) > 2000
     assert min(sizes) < 10
     assert np.array_equal(np.concatenate(parts), np.arange(sum(sizes)))
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [([], "RESULTS.md"), (["--workloads", "mlp"], None), (["--workloads", "mlp", "--out"], "own")],
+)
+def test_a_part_of_the_workloads_does_not_replace_the_results_of_all(options, written, tmp_path, monkeypatch, capsys):
+    measured = {contestant: [Measurement(9.0, (8.0, 1.0), limit=1.0)] for row in ROWS for contestant in row.contestants}
+    monkeypatch.setattr(program, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(program, "run", lambda rows, count: (measured, set()))
+    if options[-1:] == ["--out"]:
+        options = [*options, str(tmp_path / "own")]
+    monkeypatch.setattr(sys, "argv", ["bench", *options])
+    with pytest.raises(SystemExit, match="0"):
+        program.main()
+    assert [path.name for path in tmp_path.iterdir()] == ([] if written is None else [written])
+    shown = capsys.readouterr().out
+    assert "| MLP, 10 × 600 samples | our app ÷ bare loop | ≤ 1.25 | 1.00 (1.00 to 1.00) | yes |" in shown
+    assert written is None or (tmp_path / written).read_text(encoding="utf-8") == shown.removesuffix("\n")

@@ -14,6 +14,8 @@ from experiments.bench.measure import Contestant, ContestantError, Figure, Measu
 from experiments.bench.rows import DESCRIPTIONS, ROWS, Row, repeats, spread
 from experiments.bench.workloads import WORKLOADS
 
+RESULTS = Path(__file__).parent / "RESULTS.md"
+
 Measured = dict[Contestant, list[Measurement]]
 
 STOCK = """\
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     able = workloads_here()
     parser.add_argument("--workloads", default=",".join(able), help=f"of {', '.join(DESCRIPTIONS)}")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "RESULTS.md")
+    parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name} here, if no workload is left out")
     options = parser.parse_args()
     workloads = options.workloads.split(",")
     if unknown := set(workloads) - DESCRIPTIONS.keys():
@@ -130,7 +132,9 @@ def main() -> None:
         *seconds_table(rows, measured, failed),
         "",
     ]
-    options.out.write_text("\n".join(lines), encoding="utf-8")
+    out = options.out or (RESULTS if set(able) <= set(workloads) else None)
+    if out is not None:
+        out.write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
     sys.exit(1 if failed else 0)
 
