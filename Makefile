@@ -7,6 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 .PHONY: help setup run test check test-slow bench lint system-deps
 
 help:
+	@echo "make setup        .venv with all that fedwsa needs"
 	@echo "make run          the main job: three strategies on non-IID data, a report at the end"
 	@echo "make test         linters, types, import contracts and every test but the slow ones"
 	@echo "make check        the same without the tests that start processes: under a minute"

@@ -71,8 +71,8 @@ def compare(
 ) -> Comparison:
     """Evaluate (1 − t) A + t B at `points` values of t, on a part of the training split and on the test split.
 
-    The part is drawn evenly over the classes by the config's seed; it is all of the split if that is smaller. With
-    `recalibrated`, BatchNorm's statistics are those of this part at every point, the ends included.
+    The part is drawn from each class in proportion to its size, by the config's seed; it is all of the split if that is
+    smaller. With `recalibrated`, BatchNorm's statistics are those of this part at every point, the ends included.
     Raises ValueError, one line, for files that do not fit the config's model, what is no chain of layers with `align`,
     or a loss that is not finite.
     """

@@ -46,6 +46,9 @@ Seed = Annotated[str | None, typer.Option(help="Seed; 0,1,2 runs several.")]
 NumClients = Annotated[int | None, typer.Option(help="How many clients there are.")]
 Out = Annotated[str | None, typer.Option(help="Run folder; otherwise runs/<time>-<name>.")]
 
+NO_PART = {"strategies": "fedavg", "cohort": 1, "evaluation-cohort": 0, "min-replies": 1}
+"""What plays no part in who holds what, and must not contradict the rest of a config."""
+
 
 @app.command()
 def run(
@@ -127,7 +130,7 @@ def partition(
         "seed": seed,
         "num-clients": num_clients,
     }
-    settings = _config(config_file, set_, {**options, "cohort": 1, "evaluation-cohort": 0})  # cohorts play no part here
+    settings = _config(config_file, set_, options | NO_PART)
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
     _picture_format(out)
@@ -137,14 +140,15 @@ def partition(
         from experiments import partition_view as view
         from fedwsa import files
 
-    with _plainly(out):
+    with _usage():
         holdings = federation(settings)
-        counts = holdings.label_counts().tolist()
-        console.print(view.partition_table(counts))
-        console.print("", view.heterogeneity_table(counts))
-        title = f"{settings.data}: {settings.num_clients} clients, {view.describe(holdings.made_by)}"
+    counts = holdings.label_counts().tolist()
+    console.print(view.partition_table(counts))
+    console.print("", view.heterogeneity_table(counts))
+    title = f"{settings.data}: {settings.num_clients} clients, {view.describe(holdings.made_by)}"
+    with _written(out):
         view.write_partition_picture(counts, title, out)
-    with _plainly(json):
+    with _written(json):
         files.replace(json, view.partition_json(holdings))
     console.print(f"\npartition: {json}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
@@ -164,11 +168,11 @@ def report(
     with uncollected():
         from experiments.report import write_accuracy, write_report
 
-    with _plainly(folder / "report.html"):
+    with _usage(), _written(folder / "report.html"):
         path = write_report(folder)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
     if picture is not None:
-        with _plainly(picture):
+        with _usage(), _written(picture):
             write_accuracy(folder, picture)
         console.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
@@ -188,9 +192,10 @@ def inspect(
         from experiments.table import rich_table
         from fedwsa import files, weights
 
-    with _plainly(out):
+    with _usage():
         layers = layers_of(weights.read(checkpoint))
-        console.print(rich_table(layer_cells(layers, str(checkpoint))))
+    console.print(rich_table(layer_cells(layers, str(checkpoint))))
+    with _written(out):
         files.replace(out, draw_layers(layers, str(checkpoint), form))
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
 
@@ -205,7 +210,7 @@ def barrier(
     data: Data = None,
     data_dir: DataDir = None,
     points: Annotated[int, typer.Option(help="Places on the line, both ends included.")] = 21,
-    train_samples: Annotated[int, typer.Option(help="Training samples to evaluate on, evenly over classes.")] = 2000,
+    train_samples: Annotated[int, typer.Option(help="Training samples to evaluate on, by share of class.")] = 2000,
     align: Annotated[bool, typer.Option("--align", help="Also with B's hidden units permuted towards A's.")] = False,
     recalibrate: Annotated[bool, typer.Option(help="Estimate BatchNorm's statistics anew at each place.")] = True,
     out: Annotated[Path, typer.Option(help="Picture, .svg or .png.")] = Path("barrier.svg"),
@@ -228,14 +233,15 @@ def barrier(
         from experiments.table import rich_table
         from fedwsa import files
 
-    with _plainly(out):
+    with _usage():
         found = view.compare(
             a, b, settings, points=points, train_samples=train_samples, align=align, recalibrated=recalibrate
         )
-        console.print(rich_table(view.barrier_cells(found)))
+    console.print(rich_table(view.barrier_cells(found)))
+    with _written(out):
         files.replace(out, view.draw_curves(found, form))
     if json is not None:
-        with _plainly(json):
+        with _written(json):
             files.replace(json, view.to_json(found))
         console.print(f"curves: {json}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"picture: {out}", markup=False, highlight=False, soft_wrap=True)
@@ -292,12 +298,19 @@ def _check_place(option: str, path: Path) -> None:
 
 
 @contextmanager
-def _plainly(written: Path) -> Iterator[None]:
-    """What the functions of a command raise while they make a file, as errors of one line without a traceback."""
+def _usage() -> Iterator[None]:
+    """What a command's functions raise for what they were given, in one line without a traceback."""
     try:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+@contextmanager
+def _written(written: Path) -> Iterator[None]:
+    """A file that cannot be written, in one line without a traceback."""
+    try:
+        yield
     except OSError as error:
         raise RunError(f"{written}: cannot be written: {error.strerror or error}") from error
 

@@ -121,7 +121,7 @@ class Config(Section):
     krum: KrumConfig = KrumConfig()
 
     engine: Literal["ray", "inprocess"] = "ray"
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: one a core
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # 0: as many as fit
     threads_per_client: Annotated[int, Field(ge=1)] = 1
     cpus_per_client: Positive = 1.0  # of Ray's; 0.5: two clients on a core
     gpus_per_client: NonNegative = 0.0  # of Ray's; 0.25: four clients on a card; 0: clients compute on the CPU

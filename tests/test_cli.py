@@ -787,6 +787,26 @@ def test_partition_is_what_a_run_uses(fedwsa: Command, tmp_path: Path) -> None:
     assert (tmp_path / "partition.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize(
+    "config", ['strategies = ["local-only"]', 'strategies = ["krum"]', "min-replies = 5", "cohort = 20"]
+)
+def test_partition_takes_any_config_of_a_run(config: str, fedwsa: Command, tmp_path: Path) -> None:
+    """What decides nothing about who holds what need not fit the values that the command leaves aside."""
+    (tmp_path / "mine.toml").write_text(f"{config}\n")
+    assert fedwsa("partition", "mine.toml").status == 0
+
+
+def without_files(data_dir: Path | None) -> None:
+    raise FileNotFoundError("a file of the loader's own")
+
+
+@pytest.mark.parametrize("command", ["partition", "barrier"])
+def test_what_a_users_loader_raises_is_not_said_of_the_picture(command: str, fedwsa: Command) -> None:
+    models = ("a.safetensors", "b.safetensors") if command == "barrier" else ()
+    with pytest.raises(FileNotFoundError, match="a file of the loader's own"):
+        fedwsa(command, *models, "--data=test_cli:without_files")
+
+
 def test_a_run_reads_a_partition_back(fedwsa: Command, tmp_path: Path) -> None:
     """A run with the file, its own copy of it too, ends as the run that makes the partition itself, bit for bit."""
     options = ("--seed=5", "--strategies=fedavg,np-merge")

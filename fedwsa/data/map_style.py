@@ -22,7 +22,7 @@ def is_map_style(data: object) -> bool:
 
 
 def from_map_style(name: str, train: MapStyle[Any], test: MapStyle[Any], image_size: int = 0) -> Dataset:
-    """Read every sample (image, label) of both once, in order; what a transform draws is drawn once.
+    """Read every sample (image, label) of both once, in order; what a transform draws is drawn once in each process.
 
     Images: PIL images; arrays [H, W] or [H, W, C]; tensors [H, W] or [C, H, W]. Their numbers are uint8, or floating in
     0 … 1, which are rounded to 1/255; normalisation is ours. All of one size, or image_size says which (`images.fit`).
