@@ -712,6 +712,8 @@ def test_blocks_fit_what_is_expected_or_what_came_before():
     pool.learn("small", 1 << 21)
     assert pool.blocks[pool.borrow(Expected("small", 1 << 20))].size == 1 << 21
     assert pool.borrow(Expected("none", 100)) is None  # it goes through the socket
+    pool.learn("few", 100)  # a model went out, numbers came back
+    assert pool.borrow(Expected("few", 1 << 24)) is None
 
 
 def test_blocks_are_limited_and_answers_are_copied_where_they_are_used_up():

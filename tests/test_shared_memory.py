@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedwsa.arrays import record_of, view
 from fedwsa.simulation import lending, shared_memory
 from fedwsa.simulation.engine import Answer, Job, Outcome, Task, identify
 from fedwsa.simulation.lending import LENT_BLOCKS, Expected, Pool
-from fedwsa.simulation.links import SharedMemory, SharedMemoryLink, WorkerDiedError
+from fedwsa.simulation.links import ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
 from fedwsa.simulation.shared_memory import SEEN, Sent, ServerEnd, WorkerEnd
 
 pytestmark = pytest.mark.timeout(60)
@@ -136,6 +138,65 @@ def test_kept_answers_use_no_more_descriptors_than_there_are() -> None:
     assert [each[-1] for each in kept] == list(range(len(kept)))
     assert len(pool.blocks) == LENT_BLOCKS
     assert memory_descriptors() - before <= (2 + len(pairs)) * LENT_BLOCKS  # two in the server, one in each worker
+
+
+# ---- by Ray's object store
+
+
+class Handle:
+    """An actor on another machine: what it is called with, and a call that ends as a test says."""
+
+    def __init__(self, future: Future[Outcome]) -> None:
+        self.handle = self
+        self.future = lambda: future
+
+    def remote(self, *_: object) -> Any:
+        return self
+
+
+def elsewhere() -> tuple[ObjectStoreLink, Future[Outcome]]:
+    """A link that has sent a task, and what will be its outcome."""
+    future: Future[Outcome] = Future()
+    link = ObjectStoreLink(Handle(future), set())
+    assert link.send(task(RecordDict()), busy=False)
+    return link, future
+
+
+def test_a_state_from_elsewhere_is_kept_in_memory_of_its_own() -> None:
+    """Ray's view would hold all of the outcome, replies and all, in its object store."""
+    link, future = elsewhere()
+    came = numbers(1 << 16, 3.0)
+    memory = view(came["numbers"])
+    future.set_result(Outcome([Answer("answer", None, RecordDict({"kept": came}))]))
+    (outcome,) = link.receive()
+    (answer,) = outcome.answers
+    assert answer.state is not None
+    kept = answer.state["kept"]
+    assert isinstance(kept, ArrayRecord)
+    assert not np.shares_memory(view(kept["numbers"]), memory)
+    assert first(kept) == 3.0
+
+
+@pytest.mark.parametrize(
+    "error", [ray.exceptions.RaySystemError("no room"), ray.exceptions.RayTaskError("handle", "MemoryError", "")]
+)
+def test_what_ray_or_the_worker_raises_is_the_workers_end(error: Exception) -> None:
+    link, future = elsewhere()
+    future.set_exception(error)
+    with pytest.raises(WorkerDiedError):
+        link.receive()
+
+
+def test_a_link_that_is_not_needed_any_more_leaves_no_descriptor() -> None:
+    link, future = elsewhere()
+    reader, writer = link.reader, link.writer
+    future.set_result(Outcome([]))
+    link.close()
+    assert os.fstat(writer)  # Ray's thread might write yet
+    del link, future
+    for end in (reader, writer):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(end)
 
 
 # ---- descriptors that are used up

@@ -122,6 +122,37 @@ def test_a_thread_waits_no_longer_than_it_said(engine):
     assert again == 0
 
 
+@pytest.mark.parametrize("engine", ["ray"], indirect=True)
+def test_a_thread_need_not_wait_for_what_the_servers_own_waits_for(engine, tmp_path):
+    """The reply that the ServerApp waits for comes when another thread has had its own."""
+    done = tmp_path / "done"
+
+    def client(message, context):
+        while context.node_config["partition-id"] and not done.exists():
+            time.sleep(0.01)
+        return name(message, context)
+
+    def main(grid):
+        def ask():
+            waiting.wait(LIMIT)
+            time.sleep(0.2)  # for the ServerApp to wait
+            answers = [value(answer) for answer in grid.send_and_receive(messages(grid, nodes=[1000]), timeout=LIMIT)]
+            pushed = grid.push_messages(messages(grid, nodes=[1000]))
+            while not (pulled := grid.pull_messages(pushed)):
+                time.sleep(0.01)
+            done.touch()
+            return answers + [value(answer) for answer in pulled]
+
+        waiting = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask)
+            replies = grid.send_and_receive(messages(grid, nodes=[1001]), timeout=LIMIT / 2)
+            waiting.set()
+            return [value(answer) for answer in replies], asked.result(LIMIT)
+
+    assert federate(main, client, num_clients=2, engine=engine) == ([1], [0, 0])
+
+
 # ---- push, and look later
 
 
@@ -205,6 +236,46 @@ def test_nobody_waits_for_a_feeder_that_has_ended():
         waiting = pool.submit(turns.wait_for, lambda: False, None)
         turns.close()
         assert waiting.result(LIMIT) is None
+
+
+def test_who_waits_at_its_turn_gives_way_and_has_it_again():
+    turns, inside, woken = Turns(lambda: None, lambda: False, lambda: woken.set()), [], threading.Event()
+
+    def other():
+        with turns:
+            inside.append("other")
+
+    with turns, turns:
+        thread = threading.Thread(target=other)
+
+        def step():
+            thread.start()
+            assert woken.wait(LIMIT)
+            inside.append("waited")
+
+        turns.wait(step)
+        inside.append("again")
+    thread.join(LIMIT)
+    assert inside == ["waited", "other", "again"]
+
+
+def test_who_would_wait_gives_way_first_to_who_came_before():
+    turns, inside, started = Turns(lambda: None, lambda: False, lambda: None), [], threading.Event()
+
+    def other():
+        started.set()
+        with turns:
+            inside.append("other")
+
+    with turns:
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert started.wait(LIMIT)
+        while not turns._wanting:
+            time.sleep(0.001)
+        turns.wait(lambda: inside.append("waited too long"))
+    thread.join(LIMIT)
+    assert inside == ["other"]
 
 
 def test_one_at_a_time_and_the_feeder_gives_way_at_once():

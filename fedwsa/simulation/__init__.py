@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
+from weakref import WeakSet
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,6 +27,8 @@ RAY_SETTINGS = {  # which Ray reads when it is imported; a user's own stand
 }
 for _key, _value in RAY_SETTINGS.items():
     os.environ.setdefault(f"RAY_{_key}", _value)
+
+_in_use: WeakSet[Engine] = WeakSet()
 
 
 @contextmanager
@@ -87,7 +90,8 @@ def simulate(
     The clients see `partition-id` (0 … num_clients − 1) and `num-partitions` in their node config, and both apps see
     `run_config`. engine: an open one, or the name of one to open for this simulation alone.
     client_sizes: samples of each client, so that the first round can begin with the longest; later ones know.
-    Returns the server's context after the run; what the ServerApp raises is raised here.
+    Returns the server's context after the run; what the ServerApp raises is raised here. Raises RuntimeError for an
+    engine that is running another simulation.
     """
     if not num_clients >= 1:
         raise ValueError(f"num_clients must be ≥ 1, got {num_clients!r}")
@@ -98,12 +102,25 @@ def simulate(
             )
     identify()
     config = dict(run_config or {})
-    engine.begin(Population(client_app, num_clients, config))
-    grid = SimulationGrid(engine, num_clients, client_sizes)
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(config))
-    try:
-        server_app(grid, context)
-        grid.finish()
-    finally:
-        grid.close()
+    with _alone(engine):
+        engine.begin(Population(client_app, num_clients, config))
+        grid = SimulationGrid(engine, num_clients, client_sizes)
+        try:
+            server_app(grid, context)
+            grid.finish()
+        finally:
+            grid.close()
     return context
+
+
+@contextmanager
+def _alone(engine: Engine) -> Iterator[None]:
+    """It would give one simulation's clients and replies to another."""
+    if engine in _in_use:
+        raise RuntimeError("this engine is running another simulation; open an engine for each")
+    _in_use.add(engine)
+    try:
+        yield
+    finally:
+        _in_use.discard(engine)

@@ -55,6 +55,7 @@ class SimulationGrid(Grid):
         self._replies: dict[str, Message] = {}  # to pushed messages, not yet asked for
         self._open: list[Sending] = []
         self._pushed = 0  # on the way
+        self._closed = False
         self._thread = threading.get_ident()
         self._turns = Turns(lambda: self.receive(None), lambda: self._pushed > 0, engine.wake)
 
@@ -101,13 +102,16 @@ class SimulationGrid(Grid):
         After `timeout` seconds of waiting (None: no limit) the replies that are missing are given up, running clients
         included. To another thread than that of the ServerApp they are given when all are there.
         """
-        if threading.get_ident() != self._thread:
+        if not self._is_own_thread():
             return Replies(iter(self._from_another_thread(messages, timeout)))
         with self._turns:
             self.finish()
             sending = Sending(self, self._numbered(messages), None, timeout)
             self._open.append(sending)
         return Replies(self._coming(sending))
+
+    def _is_own_thread(self) -> bool:
+        return threading.get_ident() == self._thread
 
     def _coming(self, sending: Sending) -> Iterator[Message]:
         while True:
@@ -158,7 +162,12 @@ class SimulationGrid(Grid):
             return tree.total()
 
     def finish(self) -> None:
-        """Run what was sent and never looked at, as a real network would."""
+        """Run what was sent and never looked at, as a real network would.
+
+        Other threads than the ServerApp's do not wait for what that has sent.
+        """
+        if not self._is_own_thread():
+            return
         with self._turns:
             for sending in self._open:
                 sending.finish()
@@ -166,10 +175,13 @@ class SimulationGrid(Grid):
 
     def close(self) -> None:
         """Nothing goes out or comes in any more."""
+        self._closed = True
         self._turns.close()
 
     def _numbered(self, messages: Iterable[Message]) -> list[Message]:
         """Copies with ids: clients get what the ServerApp sent, whatever it changes before they start."""
+        if self._closed:  # a thread that the ServerApp has left behind
+            raise RuntimeError("the simulation has ended: nothing can be sent any more")
         numbered: list[Message] = []
         contents: dict[int, tuple[RecordDict, RecordDict]] = {}  # by id of the original, which stays alive here
         records: dict[int, tuple[object, ArrayRecord | ConfigRecord | MetricRecord]] = {}  # likewise
@@ -233,6 +245,10 @@ class SimulationGrid(Grid):
             self._due[partition_id] = left
             if left[0] != first:
                 self._submit([left[0]])
+
+    def wait(self, timeout: float | None) -> None:
+        """See Carrier; meanwhile other threads may use the grid."""
+        self._turns.wait(lambda: self.receive(timeout))
 
     def receive(self, timeout: float | None) -> bool:
         """Take what has come to those who wait for it; waits until something has, for `timeout` seconds at most.

@@ -64,7 +64,7 @@ class Pool:
 
     def borrow(self, expected: Expected) -> int | None:
         """A free block in which the answer fits, or a new one while there is room; None if it must do without."""
-        size = max(expected.guess, self._sizes.get(expected.kind, 0))
+        size = self._sizes.get(expected.kind, expected.guess)  # a larger one comes through the socket, and is learnt
         if size < SMALL:
             return None
         if fitting := self._fitting(size):

@@ -1,8 +1,9 @@
 """The way of the messages to a worker: one small interface, shared memory or Ray's object store behind it."""
 
 import os
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -19,11 +20,6 @@ from fedwsa.simulation.lending import Expected, Pool
 from fedwsa.simulation.shared_memory import Sent, ServerEnd
 from fedwsa.simulation.worker import Packed, Place
 
-DEATHS = (  # Ray kills a worker that fills the memory; an outcome can be lost with the machine that it lies on
-    ray.exceptions.RayActorError,
-    ray.exceptions.OutOfMemoryError,
-    ray.exceptions.ObjectLostError,
-)
 BLOCKS = 3  # for each worker at least: of the task that it does, of the next one, and of one that waits its turn
 RECORDS = 4  # array records that are kept as they were sent: a round's model is written once
 LARGE = 1 << 15  # bytes; what a socket may not be able to take while the worker is not reading
@@ -155,7 +151,8 @@ class SharedMemoryLink:
         folds, jobs = task.make is not None, len(task.jobs)
         times = (2 if jobs > 1 else 1) if folds else jobs  # sums are float64; of one reply it is the reply
         with suppress(OSError):
-            return self.end.send(packed, sent, Expected((folds, jobs), largest * times), LARGE if busy else None)
+            kind = folds, jobs, task.jobs[0].message.metadata.message_type
+            return self.end.send(packed, sent, Expected(kind, largest * times), LARGE if busy else None)
         return True
 
     def receive(self) -> list[Outcome]:
@@ -164,8 +161,7 @@ class SharedMemoryLink:
             outcome: Outcome = self.end.receive()
         except (EOFError, OSError):
             raise WorkerDiedError(self._reason()) from None
-        for answer in outcome.answers:
-            _detach(answer.state or {})
+        _keep_states(outcome)
         return [outcome]
 
     def close(self) -> None:
@@ -193,7 +189,7 @@ class ObjectStoreLink:
         self.packer = _Packer()
         self.recent: Recent[Any] = Recent()
         self.done: deque[Future[Outcome]] = deque()
-        self.reader, self.writer = os.pipe()
+        self.reader, self.writer = pipe_of(self)
 
     def fileno(self) -> int:
         """See Link."""
@@ -216,9 +212,11 @@ class ObjectStoreLink:
         """See Link."""
         os.read(self.reader, 1)
         try:
-            return [self.done.popleft().result()]
-        except DEATHS as error:
+            outcome = self.done.popleft().result()
+        except ray.exceptions.RayError as error:  # also what the worker raised, which ends one on this machine too
             raise WorkerDiedError(str(error)) from None
+        _keep_states(outcome)
+        return [outcome]
 
     def close(self) -> None:
         """See Link."""
@@ -231,15 +229,24 @@ class ObjectStoreLink:
         os.write(self.writer, b".")
 
 
+def pipe_of(owner: object) -> tuple[int, int]:
+    """The ends of a pipe, to read from and to write to, that is closed once its owner is not needed by anybody."""
+    ends = os.pipe()
+    for end in ends:
+        weakref.finalize(owner, os.close, end).atexit = False
+    return ends
+
+
 def _state_bytes(task: Task) -> int:
     """Of the numbers that clients keep, which travel with the task."""
     records = (record for job in task.jobs for record in (job.state or {}).values())
     return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
 
 
-def _detach(state: Mapping[str, object]) -> None:
+def _keep_states(outcome: Outcome) -> None:
     """The server keeps states: in memory of their own, else each would hold the whole block that it came in."""
-    for record in state.values():
+    records = (record for answer in outcome.answers for record in (answer.state or {}).values())
+    for record in records:
         for array in record.values() if isinstance(record, ArrayRecord) else ():
             if isinstance(array, NumpyArray):
                 array.__dict__["_array"] = array.view().copy("K")  # as it lies, so that its bytes stay the same

@@ -21,7 +21,7 @@ from fedwsa.errors import RunError
 from fedwsa.simulation import pickling
 from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept, shut_down
 from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Outcome, Population, Task, without
-from fedwsa.simulation.links import Link, ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
+from fedwsa.simulation.links import Link, ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError, pipe_of
 from fedwsa.simulation.shared_memory import listen
 from fedwsa.simulation.worker import Worker
 from fedwsa.tracing import span
@@ -88,7 +88,7 @@ class RayEngine:
         self._coming: set[Future[Outcome]] = set()  # from workers on other machines
         self._sockets = tempfile.TemporaryDirectory(prefix="fedwsa-")
         self._started: queue.SimpleQueue[tuple[_Actor, Link | Exception] | Exception] = queue.SimpleQueue()
-        self._wake_reader, self._wake_writer = os.pipe()
+        self._wake_reader, self._wake_writer = pipe_of(self)
         here = workers or self._resources.slots(len(os.sched_getaffinity(0)), 0)  # workers; 0: Ray will refuse
         start_here = start_here and here > 0 and not (self._resources.address or self._resources.gpus_per_client)
         self._here = InProcessEngine(threads_per_client) if start_here else None

@@ -2,10 +2,14 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import inf
+from operator import itemgetter
 from typing import Any, Protocol, overload
 
 import numpy as np
 from flwr.app import ArrayRecord, Message
+from numpy.typing import NDArray
 
 from fedwsa.arrays import num_bytes
 from fedwsa.simulation.folding import BLOCK, MakeFold
@@ -31,8 +35,8 @@ class Carrier(Protocol):
     def send(self, messages: list[Message], make: MakeFold | None, sending: "Sending", position: int) -> None:
         """Hand messages over that travel together; the answers come to `sending.arrived`."""
 
-    def receive(self, timeout: float | None) -> bool:
-        """Wait until something has arrived somewhere, for `timeout` seconds at most."""
+    def wait(self, timeout: float | None) -> None:
+        """Wait until something may have arrived somewhere, for `timeout` seconds at most."""
 
     def give_up(self, message_ids: set[str]) -> None:
         """Expect no answer to these."""
@@ -42,13 +46,15 @@ class Sending:
     """Messages that go out in units, the longest first, and whose answers are given in the order of the messages.
 
     The answers that wait their turn are limited: from the limit on the units go out in order, and where the answer due
-    still does not come, only its own.
+    still does not come, only its own. The limit is lifted once half of the time that was left has been waited for one
+    answer: a client that hangs must not cost the replies of those that nobody has asked yet.
     """
 
     def __init__(self, grid: Carrier, messages: list[Message], make: MakeFold | None, timeout: float | None) -> None:
         self._grid = grid
         self._make = make
         self._left = timeout  # seconds of waiting; what the ServerApp does between two answers does not count
+        self._is_late = False  # the answer that is due
         self._ids = [message.metadata.message_id for message in messages]
         self._position = 0  # of the answer that is due
         self._arrived: dict[int, Piece] = {}  # by position
@@ -64,14 +70,13 @@ class Sending:
         if self._position == len(self._ids):
             self._grid.give_up(set(self._ids))
             raise StopIteration
+        late = None if self._left is None else self._left / 2
         while self._position not in self._arrived and self._may_wait():
             self._fill()
             if not self._unanswered:
                 raise RuntimeError(f"{self._ids[self._position]} is neither answered nor on the way: an engine lost it")
-            start = time.monotonic()
-            self._grid.receive(self._left)
-            if self._left is not None:
-                self._left -= time.monotonic() - start
+            self._wait(late)
+        self._is_late = False
         size, answer = self._arrived.pop(self._position, (1, None))
         self._position += size
         self._fill()  # the workers go on while the ServerApp looks at this answer
@@ -101,6 +106,16 @@ class Sending:
                 position, size, answer = position & ~size, 2 * size, earlier
         self._arrived[position] = size, answer
 
+    def _wait(self, late: float | None) -> None:
+        """late: seconds that are left when an answer is."""
+        if self._left is None or late is None:
+            self._grid.wait(None)
+            return
+        start = time.monotonic()
+        self._grid.wait(self._left if self._is_late else self._left - late)
+        self._left -= time.monotonic() - start
+        self._is_late = self._left <= late
+
     def _may_wait(self) -> bool:
         return self._left is None or self._left > 0
 
@@ -118,6 +133,8 @@ class Sending:
             each = [durations.rank(*kind) for kind in kinds]
             ranks = np.add.reduceat(each, starts[:-1]) if each else ranks
         ranks = np.where(ranks < UNIT_SECONDS, 0, ranks)  # among short ones the order gains nothing: answers would wait
+        if len({client for client, _ in kinds}) < len(kinds):
+            _keep_order(ranks, [client for client, _ in kinds], self._unit_of)
         self._longest_last = np.lexsort((-np.arange(len(sizes)), ranks)).tolist()
         self._sent = [False] * len(sizes)
         self._lowest = 0  # unit that may not have been sent
@@ -147,7 +164,7 @@ class Sending:
             return None
         if len(self._arrived) + self._unanswered >= self._room + FEED * self._grid.workers:
             is_due = self._units[self._lowest][0] <= self._position
-            return self._lowest if is_due else None
+            return self._lowest if is_due or self._is_late else None
         if len(self._arrived) >= self._room:
             return self._lowest
         while self._sent[self._longest_last[-1]]:
@@ -197,6 +214,15 @@ class Replies(Sequence[Message]):
     def __getitem__(self, index: int | slice) -> Message | list[Message]:
         len(self)
         return self._kept[index]
+
+
+def _keep_order(ranks: NDArray[np.float64], clients: list[int], unit_of: list[int]) -> None:
+    """Lower ranks until no unit goes before an earlier one of the same client, which gets its messages in order."""
+    lowest: dict[int, float] = {}  # so far, by client
+    for unit, group in groupby(zip(unit_of, clients, strict=True), itemgetter(0)):
+        whose = [client for _, client in group]
+        ranks[unit] = min(ranks[unit], *(lowest.get(client, inf) for client in whose))
+        lowest.update(dict.fromkeys(whose, ranks[unit]))
 
 
 def _reply_bytes(messages: list[Message], make: MakeFold | None) -> int:

@@ -22,18 +22,23 @@ class Turns:
     def __init__(self, step: Callable[[], object], needed: Callable[[], bool], wake: Callable[[], None]) -> None:
         self._step, self._needed, self._wake = step, needed, wake
         self._lock = threading.RLock()
+        self._given_way = threading.Condition(self._lock)
         self._changed = threading.Condition()
         self._others = 0  # threads that have the turn or want it
-        self._feeding = self._closed = False
+        self._wanting = 0  # of these, threads that want it
+        self._feeding = self._waiting = self._closed = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> None:
         with self._changed:
             self._others += 1
-        if self._feeding:
+            self._wanting += 1
+        if self._feeding or self._waiting:
             self._wake()
         self._lock.acquire()
+        with self._changed:
+            self._wanting -= 1
         if self._error is not None:
             self.__exit__(None, None, None)
             raise self._error
@@ -41,11 +46,25 @@ class Turns:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._given_way.notify_all()
         self._lock.release()
         with self._changed:
             self._others -= 1
             if not self._others:
                 self._changed.notify_all()
+
+    def wait(self, step: Callable[[], object]) -> None:
+        """At one's turn: do a step that waits, but let other threads that want the turn have it meanwhile."""
+        self._waiting = True  # whoever comes from now on wakes it
+        try:
+            if not self._wanting:
+                step()
+        finally:
+            self._waiting = False
+        with self._changed:
+            self._changed.notify_all()  # it may have brought what another thread waits for
+        while self._wanting:
+            self._given_way.wait()
 
     def feed(self) -> None:
         """From now on there is a feeder."""
