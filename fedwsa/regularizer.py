@@ -171,7 +171,7 @@ class WeightScopeRegularizer:
             raise ValueError(f"share must be >= 0 and finite, got {share!r}")
         descent = Descent(learning_rate, momentum, nesterov)
         cap = SAFE * stable_strength(
-            self.target, self._sizes, descent, reduction=self._reduction, divergence=self._divergence.name
+            self.target, self._pulled(), descent, reduction=self._reduction, divergence=self._divergence.name
         )
         gradients = [each.grad for each in self._parameters.values() if each.requires_grad and each.grad is not None]
         task = math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients))
@@ -205,7 +205,7 @@ class WeightScopeRegularizer:
             held = self._held_by(group)
             layers = {name for name, weights in self._parameters.items() if id(weights) in held}
             whole = self.granularity == "model" and layers
-            sizes = {n: size for n, size in self._sizes.items() if whole or layer_of(n, self.granularity) in layers}
+            sizes = {n: size for n, size in self._pulled().items() if whole or layer_of(n, self.granularity) in layers}
             descent = Descent(float(group["lr"]), group["momentum"], group["nesterov"])
             kind = self._divergence.name
             if line := warning(
@@ -264,6 +264,11 @@ class WeightScopeRegularizer:
     def _sizes(self) -> dict[str, int]:
         return units({name: tensor.shape for name, tensor in self._counted().items()}, self.granularity)
 
+    def _pulled(self) -> dict[str, int]:
+        """Sizes of the units that train."""
+        frozen = {name for name, tensor in self._parameters.items() if not tensor.requires_grad}
+        return {name: n for name, n in self._sizes.items() if layer_of(name, self.granularity) not in frozen}
+
     def _scope(self) -> WeightScope:
         return measure(self._counted(), lambda name, tensor: True, self.granularity)
 
@@ -276,8 +281,8 @@ class WeightScopeRegularizer:
         sizes = torch.tensor(list(self._sizes.values()), dtype=torch.float64)
         a, b = gradient_coefficients(centred, shifted, list(self._sizes.values()), self._divergence.name)
         squares = sizes * (a.square() + b.square() * scope.variances)
-        frozen = {name for name, tensor in self._parameters.items() if not tensor.requires_grad}
-        still = torch.tensor([layer_of(name, self.granularity) in frozen for name in scope.names], dtype=torch.bool)
+        pulled = self._pulled()
+        still = torch.tensor([name not in pulled for name in scope.names], dtype=torch.bool)
         return math.sqrt(squares.masked_fill(still | degenerate(centred, shifted), 0).sum().item())
 
     def _report(self, names: list[str]) -> None:

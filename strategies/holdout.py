@@ -17,6 +17,13 @@ class Holdout:
     labels: Tensor
 
     @property
+    def second_names(self) -> dict[str, str]:
+        """Of parameters under several names, the first one by each of the others."""
+        first: dict[int, str] = {}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: one for name, each in named if (one := first.setdefault(id(each), name)) != name}
+
+    @property
     def trainable(self) -> frozenset[str]:
         """Names of the parameters that train; of a weight under two names both."""
         named = self.model.named_parameters(remove_duplicate=False)

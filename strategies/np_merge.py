@@ -27,7 +27,8 @@ class NPMerge(FedAvg):
     share so that zero steps give FedAvg (of aligned models), are ours.
 
     holdout: at least one sample, else ValueError.
-    options: learning of the coefficients, for each pair.
+    options: learning of the coefficients, for each pair. ValueError for `align` with a weight under two names, which
+        no permutation of one layer leaves as it is; without, it is merged once.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class NPMerge(FedAvg):
     ) -> None:
         if not len(holdout.labels):
             raise ValueError("NP-Merge learns on samples of the server; server-samples must be at least 1")
+        if options.align and (tied := holdout.second_names):
+            raise ValueError(f"np-merge.align = true: {', '.join(tied)} has another name too; allowed with it is false")
         super().__init__(cohort, seed=seed, evaluation_cohort=evaluation_cohort, timeout=timeout)
         self.holdout = holdout
         self.options = options
@@ -63,13 +66,17 @@ class NPMerge(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The merge of all replies, two models in memory at a time; metrics as FedAvg gives them."""
         metrics, scopes = MeanMetrics(), ScopeStatistics()
+        first_names: dict[str, str] = {}  # of all tensors, in their order
+        tied = self.holdout.second_names
 
         def models() -> Iterator[tuple[dict[str, Tensor], float]]:
             for reply in each(replies):
                 arrays, own = messages.arrays_of(reply), messages.metrics_of(reply)
                 scopes.take(arrays, own)
                 metrics.add(own, weight_of(own))
-                yield unpack(arrays), weight_of(own)
+                first_names.update((name, tied.get(name, name)) for name in arrays)
+                once = {name: tensor for name, tensor in unpack(arrays).items() if name not in tied}
+                yield once, weight_of(own)
 
         with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
             torch.default_generator.manual_seed(torch_seed(self.seed, "np-merge", server_round))
@@ -81,7 +88,8 @@ class NPMerge(FedAvg):
                 align=self.options.align,
                 trainable={name for name, _ in self.holdout.model.named_parameters()},
             )
-        return pack(merged), MetricRecord({**metrics.record(), **scopes.metrics(scopes.fused())})
+        state = {name: merged[first] for name, first in first_names.items()}
+        return pack(state), MetricRecord({**metrics.record(), **scopes.metrics(scopes.fused())})
 
 
 def batch_loss(

@@ -27,7 +27,8 @@ def make(seed=0, **changes) -> Dataset:
     rng = np.random.default_rng(seed)
     images, labels = rng.integers(0, 256, (40, 3, 8, 9), np.uint8), np.arange(40) % 4
     groups = np.arange(40) % 7
-    return Dataset("made", images, labels, images[:9], labels[:9], 4, 255.0, **{"train_groups": groups, **changes})
+    values = {"num_classes": 4, "scale": 255.0, "train_groups": groups, **changes}
+    return Dataset("made", images, labels, images[:9], labels[:9], **values)
 
 
 class Reader:
@@ -67,7 +68,15 @@ def entry(folder) -> Path:
 # ---- what comes out
 
 
-@pytest.mark.parametrize("changes", [{}, {"train_groups": None}, {"mean": [0.1, 0.2, 0.3], "std": [3.0, 2.0, 1.0]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train_groups": None},
+        {"mean": [0.1, 0.2, 0.3], "std": [3.0, 2.0, 1.0]},
+        {"num_classes": np.int64(4), "scale": np.float32(255)},  # as NumPy's own max() gives them
+    ],
+)
 def test_what_was_read_comes_back_from_files(tmp_path, changes):
     reader = Reader(tmp_path / "source", make(**changes))
     for _ in range(3):

@@ -234,6 +234,15 @@ def test_torchvision_finds_the_same_images_in_folders(tmp_path):
         assert ours == sorted((label, np.asarray(image).tobytes()) for image, label in theirs)
 
 
+@pytest.mark.parametrize(("suffix", "kind"), [("png", np.uint16), ("tif", np.int32), ("tif", np.float32)])
+def test_images_of_more_than_8_bits_are_refused_and_not_clipped(suffix, kind, tmp_path):
+    WRITERS["image-folder"](tmp_path)
+    path = tmp_path / "train" / "kind 1" / f"deep.{suffix}"
+    Image.fromarray(np.full((16, 16), 1000, kind)).save(path)
+    with pytest.raises(DataError, match=rf"deep\.{suffix}: cannot be read as an image \(more than 8 bits a channel"):
+        load("image-folder", tmp_path)
+
+
 def test_val_stands_for_test_and_a_class_may_be_missing_there(tmp_path):
     _, (images, labels) = WRITERS["image-folder"](tmp_path)
     (tmp_path / "test").rename(tmp_path / "val")

@@ -71,7 +71,14 @@ def test_images_and_labels_of_every_kind(image, label):
 
 
 @pytest.mark.parametrize(
-    "image", [torch.from_numpy, lambda image: torch.from_numpy(image)[None], np.array, Image.fromarray]
+    "image",
+    [
+        torch.from_numpy,
+        lambda image: torch.from_numpy(image)[None],
+        np.array,
+        Image.fromarray,
+        lambda image: Image.fromarray((image / 255).astype(np.float32)),  # Pillow's mode F
+    ],
 )
 def test_images_of_one_channel(image):
     samples = [(image(pixels[0]), i % 3) for i, pixels in enumerate(PIXELS)]
@@ -101,6 +108,8 @@ def test_classes_groups_and_image_size_of_map_style_data_sets():
         ((torch.zeros(2, 5, 4), 1), r"1, 3 or 4 channels, got .*2, 5, 4"),
         ((np.zeros(4, np.uint8), 1), r"1, 3 or 4 channels, got \(4,\)"),
         ((torch.zeros(3, 5, 5), 1), "5×5 pixels in 3 channels, but the images before it have 5×4 in 3"),
+        ((Image.fromarray(np.full((5, 4), 1000, np.uint16)), 1), "pixels must be uint8 or floating, got uint16"),
+        ((Image.fromarray(np.full((5, 4), 1000, np.int32)), 1), "pixels must be uint8 or floating, got int32"),
         ((PIXELS[0].transpose(1, 2, 0), -1), "the label must be a whole number ≥ 0, got -1"),
     ],
 )
@@ -117,6 +126,15 @@ def test_a_sample_that_will_not_do_is_named(sample, message):
 def test_what_is_no_data_set_is_refused(value):
     with pytest.raises(DataError, match=r"the loader must return a fedwsa\.data\.Dataset, or \(train, test\)"):
         load(given(value))
+
+
+def test_a_loader_must_make_the_images_of_the_size_that_it_was_given():
+    """One that keeps what it read before in a cache, for example, whatever size that was for."""
+    made = load(given(pair))
+    where = given(lambda data_dir, image_size=0: made)
+    assert load(where).input_shape == (3, 5, 4)
+    with pytest.raises(DataError, match=r"image-size = 7: the loader of .* made images of 5×4"):
+        load(where, image_size=7)
 
 
 def test_an_empty_split_is_refused():

@@ -172,6 +172,21 @@ def upside_down(pixels, amount, rng):
     return pixels[:, :, ::-1].copy()
 
 
+def in_doubles(pixels, amount, rng):
+    return pixels.astype(np.float64) + amount
+
+
+def smaller(pixels, amount, rng):
+    return pixels[:, :, 1:]
+
+
+def test_a_users_shift_may_give_doubles_but_no_other_shape():
+    images, _ = federation(tiny(feature_shift=f"{__name__}:in_doubles")).training_tensors(2)
+    assert images.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"the feature shift made .* of .*; allowed is the same"):
+        federation(tiny(feature_shift=f"{__name__}:smaller")).training_tensors(2)
+
+
 def test_a_shift_may_be_named_by_import_path_and_an_unknown_one_is_refused():
     plain, shifted = federation(tiny()), federation(tiny(feature_shift=f"{__name__}:upside_down"))
     ours, expected = shifted.training_tensors(2)[0], plain.training_tensors(2)[0].flip(2)

@@ -1,6 +1,7 @@
 """A program's imports: the collector rests meanwhile, is as it was afterwards, and does not look at them again."""
 
 import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -34,11 +35,21 @@ def test_a_collector_that_was_off_stays_off() -> None:
     assert not gc.isenabled()
 
 
-def test_what_was_made_is_not_gone_through_again() -> None:
-    gc.unfreeze()
+def looked_at(*objects: object) -> list[bool]:
+    found = {id(each) for each in gc.get_objects()}
+    return [id(each) in found for each in objects]
+
+
+def test_what_a_start_made_is_not_gone_through_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
     with uncollected():
         made = [object]
     later = [object]
-    looked_at = {id(each) for each in gc.get_objects()}
-    assert id(made) not in looked_at
-    assert id(later) in looked_at
+    assert looked_at(made, later) == [False, True]
+
+
+def test_what_is_there_later_may_be_garbage_and_is_not_kept() -> None:
+    gc.collect()
+    with uncollected():
+        made = [object]
+    assert looked_at(made) == [True]

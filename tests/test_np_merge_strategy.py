@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from federations import (
     DIGITS,
     DropoutNet,
+    TiedNet,
     canned,
     digest,
     grid_of,
@@ -30,7 +31,7 @@ from clients.federation import federation
 from fedwsa import models
 from fedwsa.arrays import pack
 from fedwsa.config import Config
-from fedwsa.merging import align
+from fedwsa.merging import align, chain_permutations
 from fedwsa.sections import NPMergeConfig
 from strategies import FedAvg, Holdout, NPMerge
 
@@ -231,3 +232,27 @@ def test_coefficients_are_learned_for_parameters_and_buffers_are_averaged():
     average = merge(FedAvg(4, seed=0), clients)
     np.testing.assert_allclose(merged["2.running_mean"], average["2.running_mean"], rtol=1e-6)
     assert not np.allclose(merged["1.weight"], average["1.weight"], atol=1e-3)
+
+
+# ---- a weight under two names
+
+
+def test_a_tied_weight_is_merged_once(tmp_path):
+    """As the network is that has it under one name: a loss of the second name too would not be of the model."""
+    held = holdout(8, TiedNet(*DIGITS))
+    clients = trained_apart(3, "federations:TiedNet")
+    merged = merge(NPMerge(3, held, options(), seed=0), clients)
+    assert list(merged) == list(held.model.state_dict())
+    assert np.array_equal(merged["again.weight"], merged["body.weight"])
+    averaged = merge(NPMerge(3, held, options(steps=0), seed=0), clients)
+    assert not np.array_equal(merged["body.weight"], averaged["body.weight"])
+    run(tiny(strategies=("np-merge",), model="federations:TiedNet", np_merge={"align": False}), tmp_path)
+
+
+def test_tied_weights_are_not_aligned():
+    with pytest.raises(ValueError, match=r"np-merge\.align = true: again\.weight has another name too"):
+        NPMerge(4, holdout(8, TiedNet(*DIGITS)), options(align=True), seed=0)
+    chain = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    chain[2].weight = chain[1].weight
+    with pytest.raises(ValueError, match=r"no plain chain of layers: 2\.weight and 1\.weight are one weight"):
+        chain_permutations(chain.state_dict())

@@ -206,6 +206,20 @@ def test_frozen_layers_count_on_neither_side():
     assert regularizer.strength == pytest.approx(1e-3 * (model[2].weight.grad.norm() / term.norm()).item(), rel=1e-9)
 
 
+def test_a_frozen_layer_bounds_nothing(caplog):
+    """The narrower of two layers, which is never pulled: neither the cap nor the warning is of it."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 50)).double()
+    target = scope(**{"0.weight": (0, 0.01), "2.weight": (0, 1)})
+    with_task_gradient(model)
+    model[0].weight.requires_grad_(False)
+    regularizer = WeightScopeRegularizer(model.named_parameters(), target, strength=100.0)
+    with caplog.at_level(logging.WARNING, logger="fedwsa"):
+        regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert caplog.text == ""
+    regularizer.fix_strength(1e9, 0.1)
+    assert regularizer.strength == pytest.approx(SAFE * stable_strength(target, {"2.weight": 150}, Descent(0.1)))
+
+
 def test_degenerate_layers_do_not_count():
     model = model_of()
     target = target_for(model, "layer")

@@ -92,6 +92,9 @@ def load(name: str, data_dir: Path | None = None, image_size: int = 0) -> Datase
         )
     if not scaled:
         raise DataError(f"image-size = {image_size}: the images of {name} have one size; allowed is 0")
+    if image_size and found.input_shape[1:] != (image_size, image_size):
+        height, width = found.input_shape[1:]
+        raise DataError(f"image-size = {image_size}: the loader of {name} made images of {height}×{width}")
     return found
 
 

@@ -83,7 +83,7 @@ def _written(folder: Path, dataset: Dataset) -> Dataset:
                 with replacing(path) as file:
                     np.save(file, array, allow_pickle=False)
                 stamps[field] = _stamp(path)
-        fields = {"name": dataset.name, "num_classes": dataset.num_classes, "scale": dataset.scale}
+        fields = {"name": dataset.name, "num_classes": int(dataset.num_classes), "scale": float(dataset.scale)}
         replace(folder / MANIFEST, json.dumps({"fields": fields, "stamps": stamps}).encode())
     except OSError as error:
         logging.getLogger(__name__).warning(

@@ -103,7 +103,10 @@ class Dataset:
         """(pixel / scale − mean) / std, with both sides multiplied by scale: float32, a copy."""
         pixels = images.astype(np.float32)
         if change is not None:
-            pixels = change(pixels / np.float32(self.scale)) * np.float32(self.scale)
+            changed = np.asarray(change(pixels / np.float32(self.scale)), np.float32)
+            if changed.shape != pixels.shape:
+                raise ValueError(f"the feature shift made {changed.shape} of {pixels.shape}; allowed is the same")
+            pixels = changed * np.float32(self.scale)
         pixels -= (self.scale * self.mean).astype(np.float32)[:, None, None]
         pixels /= (self.scale * self.std).astype(np.float32)[:, None, None]
         import torch

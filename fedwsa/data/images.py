@@ -12,12 +12,22 @@ from fedwsa.data.dataset import DataError
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
+def is_deep(image: Any) -> bool:
+    """Whether a PIL image has more than 8 bits a channel, which `convert` would clip."""
+    return bool(image.mode.startswith(("I", "F")))
+
+
 def read_image(path: Path, size: int) -> NDArray[np.uint8]:
-    """Read an image file as RGB: uint8 [H, W, 3], see `fit` for size. Raises DataError with the path."""
+    """Read an image file as RGB: uint8 [H, W, 3], see `fit` for size.
+
+    Raises DataError with the path, also for more than 8 bits a channel.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
+            if is_deep(image):
+                raise ValueError(f"more than 8 bits a channel, Pillow's mode {image.mode}")
             return fit(np.asarray(image.convert("RGB")), size)
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise DataError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from error

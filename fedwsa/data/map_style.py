@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedwsa.data.dataset import DataError, Dataset
-from fedwsa.data.images import fit, stack
+from fedwsa.data.images import fit, is_deep, stack
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset as MapStyle
@@ -69,7 +69,7 @@ def _read(where: str, data: Any, image_size: int) -> tuple[NDArray[np.uint8], ND
 def _pixels(name: str, image: Any) -> NDArray[np.uint8]:
     """uint8 [H, W, C] of an image of any kind."""
     if hasattr(image, "convert"):  # PIL's
-        image = image if image.mode == "L" else image.convert("RGB")
+        image = image if image.mode == "L" or is_deep(image) else image.convert("RGB")
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]

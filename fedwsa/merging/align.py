@@ -42,7 +42,7 @@ def chain_permutations(state: Mapping[str, Tensor]) -> list[UnitGroup]:
     layer and the next. A convolution may feed a linear layer through a flatten: in = channels · positions.
 
     Shapes cannot show skip connections, nor a forward order that is not the state dict's: pass align() groups of your
-    own for such networks. Raises ValueError where the tensors form no chain.
+    own for such networks. Raises ValueError where the tensors form no chain, or two of them are one in memory.
     """
     weights = [name for name, tensor in state.items() if _leaf(name) == "weight" and tensor.ndim in (2, 4)]
     biases = {name.removesuffix("weight") + "bias": name for name in weights}
@@ -50,6 +50,10 @@ def chain_permutations(state: Mapping[str, Tensor]) -> list[UnitGroup]:
         is_bias = name in biases and tensor.shape == state[biases[name]].shape[:1]
         if name not in weights and not is_bias:
             raise _no_chain(f"{name} {tuple(tensor.shape)} is no Linear or Conv2d weight or bias")
+    there: dict[int, str] = {}
+    for name in weights:
+        if (first := there.setdefault(state[name].data_ptr() or id(state[name]), name)) != name:
+            raise _no_chain(f"{name} and {first} are one weight")
     groups = []
     for name, following in pairwise(weights):
         size, block = state[name].shape[0], _block(name, following, state)
@@ -91,7 +95,8 @@ def align(
     networks stay as they are. The result is a local optimum and shares no memory with `b`.
 
     groups: None derives them with chain_permutations().
-    Raises ValueError for unlike networks, non-finite weights, no chain, or groups that do not fit the tensors.
+    Raises ValueError for unlike networks, weights of the groups that are not finite, no chain, or groups that do not
+    fit the tensors.
     """
     check_alike([a, b])
     groups = chain_permutations(a) if groups is None else groups
