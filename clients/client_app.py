@@ -139,7 +139,8 @@ def _config(run_config: RunConfig, clients: int) -> Config:
 @lru_cache(maxsize=2)
 def _model(config: Config, input_shape: tuple[int, int, int], num_classes: int, device: torch.device) -> nn.Module:
     """One module a process and run, filled anew for each message."""
-    return models.placed(models.of_config(config, input_shape, num_classes, seed=0), device)
+    model = models.placed(models.of_config(config, input_shape, num_classes, seed=0), device)
+    return model.train()  # what a user's own train() does must not wait for the first evaluation
 
 
 def _model_with(message: Message, config: Config, holdings: FederatedData) -> tuple[nn.Module, dict[str, Tensor]]:

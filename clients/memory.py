@@ -16,7 +16,13 @@ def recall(context: Context, settings: ConfigRecord, what: str) -> ArrayRecord |
 
 
 def remember(context: Context, settings: ConfigRecord, what: str, state: Mapping[str, Tensor]) -> None:
-    """Keep arrays in place of what was kept before; their memory is handed over."""
+    """Keep arrays in place of what was kept before; their memory is handed over.
+
+    Raises ValueError for numbers that are not finite: the client keeps what it had, and is left out of this round
+    alone, where it would carry them into each later one.
+    """
+    if not all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point()):
+        raise ValueError(f"what this client would keep ({what}) is not finite")
     cast(MutableMapping[str, Any], context.state)[_key(settings, what)] = pack(state)
 
 

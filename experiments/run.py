@@ -41,6 +41,7 @@ from fedwsa.run_folder import (
     discard_leftovers,
     new_folder,
     sha256,
+    unusable,
     write_atomically,
 )
 from fedwsa.simulation import open_engine, simulate
@@ -66,7 +67,10 @@ def start(config: Config, console: Console, *, profile: bool = False) -> Path:
     check(config)
     config = pinned(config)
     folder = new_folder(config)
-    _check_new(folder)
+    try:
+        _check_new(folder)
+    except OSError as error:
+        raise unusable(folder, error) from error
     with _claimed(folder):
         _check_new(folder)  # again, now that nobody else can
         repeatable = config.model_copy(update={"out_dir": ""})  # else to repeat it would mean to write over it
@@ -78,7 +82,11 @@ def start(config: Config, console: Console, *, profile: bool = False) -> Path:
 
 def resume(folder: Path, console: Console, *, profile: bool = False) -> Path:
     """Go on with a run that was interrupted, from the last checkpoint of each strategy."""
-    if not (folder / CONFIG).is_file():
+    try:
+        found = (folder / CONFIG).is_file()
+    except OSError as error:
+        raise unusable(folder, error) from error
+    if not found:
         raise UsageError(f"{folder}: no run to resume, {CONFIG} is missing")
     config = configuration.parse(configuration.read(folder / CONFIG))
     check(config)
@@ -206,13 +214,16 @@ def _run(config: Config, folder: Path, console: Console) -> None:
     with _resumable(folder):
         if not all(_is_finished(one, _part(config, one, folder)) for one in config.federations()):
             _train(config, folder, console)
-        for one in config.federations():
-            _summarize(one, folder, _part(config, one, folder))
         try:
+            for one in config.federations():
+                _summarize(one, folder, _part(config, one, folder))
             report = write_report(folder)
+            table = summary_table(read_run(folder))
         except OSError as error:
             raise RunError(f"{folder}: the report cannot be written: {error.strerror or error}") from error
-    console.print(summary_table(read_run(folder)))
+        except ValueError as error:  # of a file that somebody has damaged
+            raise RunError(str(error)) from error
+    console.print(table)
     console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -67,7 +67,7 @@ def new_folder(config: Config) -> Path:
             number += 1
             folder = first.with_name(f"{first.name}-{number}")
         except OSError as error:
-            raise _unusable(folder, error) from error
+            raise unusable(folder, error) from error
 
 
 def claim(folder: Path) -> Callable[[], None]:
@@ -79,7 +79,7 @@ def claim(folder: Path) -> Callable[[], None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("w")
     except OSError as error:
-        raise _unusable(folder, error) from error
+        raise unusable(folder, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -162,6 +162,8 @@ class StrategyFolder:
 
     def save_final(self, model: Mapping[str, Tensor]) -> None:
         """The model after the last round."""
+        if self.metrics.exists():
+            self._sync_metrics()
         write_atomically(self.final, save(_own_memory(model)))
 
     def _sync_metrics(self) -> int:
@@ -184,7 +186,8 @@ def _unwritable(path: Path, error: OSError) -> RunFolderError:
     return RunFolderError(f"{path}: cannot be written: {error.strerror or error}")
 
 
-def _unusable(folder: Path, error: OSError) -> UsageError:
+def unusable(folder: Path, error: OSError) -> UsageError:
+    """What to say of a folder that the system does not give."""
     return UsageError(f"{folder}: cannot be used as a run folder: {error.strerror or error}")
 
 

@@ -35,13 +35,24 @@ class FedLWS(OfUpdates):
     normalisation. Ours: s_l = √(mean_k ‖Δ_k − Δ̄‖²) where the authors take mean_k ‖Δ_k − Δ̄‖, for which all updates
     have to be there at once (never smaller, and equal for two clients); parameters after the last bias are a layer too;
     BatchNorm's statistics belong to no layer and are not shrunk, nor are arrays that no client moved, such as those
-    that stay with the clients (`batch-norm = "local"`); a layer that is zero is left to the mean.
+    that stay with the clients (`batch-norm = "local"`); a layer that is zero is left to the mean; a weight under
+    several names belongs to the layer of the first.
+
+    tied: of parameters under several names, the first one by each of the others.
     """
 
     def __init__(
-        self, cohort: int, *, beta: float = 0.03, min_tau: float = 0.01, max_tau: float = 0.2, **options: Any
+        self,
+        cohort: int,
+        *,
+        beta: float = 0.03,
+        min_tau: float = 0.01,
+        max_tau: float = 0.2,
+        tied: Mapping[str, str] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(cohort, **options)
+        self.tied = tied or {}
         self.beta = beta
         self.min_tau = min_tau
         self.max_tau = max_tau
@@ -51,7 +62,8 @@ class FedLWS(OfUpdates):
         """As a run's config says; the server's held-out samples are not used."""
         return cls(
             **cohorts(config),
-            parameters=holdout.trainable,
+            parameters=holdout.trainable - holdout.second_names.keys(),
+            tied=holdout.second_names,
             beta=config.fedlws.beta,
             min_tau=config.fedlws.min_tau,
             max_tau=config.fedlws.max_tau,
@@ -80,6 +92,8 @@ class FedLWS(OfUpdates):
             for name in layer:
                 values = view(mean[name])
                 mean[name] = NumpyArray(as_type(gamma * values.astype(np.float64), values.dtype))
+        for name, first in self.tied.items():
+            mean[name] = mean[first]
         return mean, metrics
 
 

@@ -1,5 +1,6 @@
 """The round loop: one strategy from its start, or its last checkpoint, to its final model."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,8 @@ from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.simulation.states import pack_states, unpack_states
 from fedwsa.tracing import span
 from strategies.gate import Gate
+
+_LOG = logging.getLogger("fedwsa")
 
 Event = dict[str, Any]
 Notify = Callable[[str, Event], None]
@@ -56,8 +59,15 @@ class Rounds:
             last_round = checkpoint.server_round
             arrays = pack({name: checkpoint.model[name] for name in initial})  # in the model's own order
             self.strategy.load_state(checkpoint.strategy_state)
-        if isinstance(self.grid, SimulationGrid):  # real clients keep their states themselves
+        if isinstance(self.grid, SimulationGrid):
             self.grid.states = unpack_states(checkpoint.client_states) if checkpoint else {}
+        elif checkpoint:
+            _LOG.warning(
+                "%s goes on after round %d, and its clients without what they kept: Flower gives them an empty "
+                "Context.state in each run",
+                self.name,
+                last_round,
+            )
         for server_round in range(last_round + 1, self.config.rounds + 1):
             tracing.mark("round")
             arrays = self._train(server_round, arrays)

@@ -25,7 +25,8 @@ from strategies.rounds import Event, Notify, Rounds
 
 def log_event(strategy: str, event: Event) -> None:
     """One line an event in Flower's log, and a warning for each client that failed."""
-    metrics = " ".join(f"{key}={value:.4f}" for key, value in event["metrics"].items())
+    values = event["metrics"].items()
+    metrics = " ".join(f"{key}={'not finite' if value is None else format(value, '.4f')}" for key, value in values)
     log(INFO, "%s round %d %s: %s", strategy, event["round"], event["phase"], metrics)
     for failure in event.get("failures", []):
         log(WARNING, "%s round %d %s: left out %s", strategy, event["round"], event["phase"], failure)

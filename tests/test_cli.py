@@ -536,6 +536,22 @@ def test_full_disk_at_a_checkpoint(
     assert models(tmp_path / "mine") == undisturbed
 
 
+@pytest.mark.parametrize("option", ["--out", "--resume"])
+def test_a_folder_that_the_system_refuses(option: str, fedwsa: Command) -> None:
+    outcome = fedwsa("run", f"{option}={'a' * 300}")
+    assert outcome.status == 2
+    assert said(outcome)[0].endswith(": cannot be used as a run folder: File name too long")
+
+
+def test_metrics_that_are_damaged_before_resume(fedwsa: Command, tmp_path: Path) -> None:
+    assert fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine").status == 0
+    (tmp_path / "mine/metrics.jsonl").write_text("{\n{}\n")
+    outcome = fedwsa("run", "--resume=mine")
+    assert outcome.status == 1
+    (line,) = said(outcome)
+    assert line.startswith("mine/metrics.jsonl, line 1 is not a JSON object: b'{'; remove the line or run again; once ")
+
+
 @pytest.mark.usefixtures("with_report")
 def test_full_disk_at_the_report(fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = files.replace

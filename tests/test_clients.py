@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federations import DIGITS, DropoutNet, NoisyNet, TiedNet, alignment_towards, ask, digest, initial_model, tiny
+from federations import (
+    DIGITS,
+    DropoutNet,
+    NoisyNet,
+    NormNet,
+    TiedNet,
+    alignment_towards,
+    ask,
+    digest,
+    initial_model,
+    tiny,
+)
 from torch import nn
 
+from clients import client_app
 from clients.federation import federation
 from clients.training import train
 from fedwsa import messages, models
@@ -280,6 +292,25 @@ def test_alignment_reaches_parameters_and_no_buffer():
     train(model, images, labels, tiny(), torch_generator(0, "client"), alignment)
     assert torch.equal(model.table, torch.linspace(-1, 1, 64).reshape(1, 64))
     assert model.body.weight is model.again.weight
+
+
+class FrozenNorm(NormNet):
+    """As in fine-tuning: BatchNorm's statistics are left as they are."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        self[2].eval()
+        return self
+
+
+def test_a_users_own_train_does_not_depend_on_what_the_process_did_before():
+    config = tiny(model=f"{__name__}:FrozenNorm")
+    start = models.build(config.model, *DIGITS, 0).state_dict()
+    client_app._model.cache_clear()
+    first = ask(config, start=start)[0]
+    ask(config, start=start, kind="evaluate")
+    assert bits(ask(config, start=start)[0]) == bits(first)
+    assert torch.equal(first["2.running_mean"], start["2.running_mean"])
 
 
 def test_target_for_another_model_is_refused():

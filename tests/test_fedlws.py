@@ -158,3 +158,12 @@ def test_the_config_reaches_the_strategy():
     assert strategy.weigh is FedAvg.weigh
     with pytest.raises(ConfigError, match=r"fedlws\.min-tau = 0\.3: allowed is at most max-tau = 0\.2"):
         parse({"fedlws": {"min-tau": 0.3}})
+
+
+def test_a_weight_under_two_names_stays_one(tmp_path):
+    """Each name would else be shrunk with a layer of its own, and whichever is loaded last would count."""
+    config = tiny(strategies=("fedavg", "fedlws"), model="federations:TiedNet", rounds=1)
+    run(config, tmp_path)
+    plain, ours = (load_file(tmp_path / name / "final.safetensors") for name in ("fedavg", "fedlws"))
+    assert torch.equal(ours["again.weight"], ours["body.weight"])
+    assert not torch.equal(ours["body.weight"], plain["body.weight"])

@@ -74,10 +74,11 @@ def test_same_out_dir_goes_on_with_the_same_config_only(tmp_path: Path) -> None:
 def test_log_names_the_clients_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[tuple[int, str]] = []
     monkeypatch.setattr("strategies.server_app.log", lambda level, text, *values: lines.append((level, text % values)))
-    event = {"round": 3, "phase": "train", "metrics": {"loss": 0.5}, "failures": ["node 7: error 2: no data"]}
+    metrics = {"loss": 0.5, "train-loss": None}  # null stands in metrics.jsonl where one is not finite
+    event = {"round": 3, "phase": "train", "metrics": metrics, "failures": ["node 7: error 2: no data"]}
     log_event("fedavg", event)
     assert lines == [
-        (logging.INFO, "fedavg round 3 train: loss=0.5000"),
+        (logging.INFO, "fedavg round 3 train: loss=0.5000 train-loss=not finite"),
         (logging.WARNING, "fedavg round 3 train: left out node 7: error 2: no data"),
     ]
 

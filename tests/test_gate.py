@@ -290,6 +290,12 @@ def test_all_bad_ends_the_run_with_the_first_reason(make):
     assert issubclass(NoUsableReplyError, RunError)
 
 
+def test_a_strategy_that_asks_too_few_is_told_how_many_are_needed():
+    gate = Gate(FedAvg(1, seed=0, evaluation_cohort=0), min_replies=2)
+    with pytest.raises(NoUsableReplyError, match=r"^round 1: 1 of 1 clients gave a usable reply, 2 are needed$"):
+        train(gate, federation())
+
+
 @pytest.mark.parametrize(("key", "value", "told"), [("loss", float("nan"), True), ("num-examples", -1, False)])
 def test_a_run_that_diverges_is_told_what_helps(key, value, told):
     with pytest.raises(NoUsableReplyError) as raised:

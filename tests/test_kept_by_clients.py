@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from federations import DIGITS, finals, grid_of, holdout, initial_model, lines, run, spying, tiny, usable
+from federations import DIGITS, ask, finals, grid_of, holdout, initial_model, lines, run, spying, tiny, usable
 from flwr.app import ConfigRecord
 from safetensors.torch import load_file
 
 from clients.client_app import app as client_app
-from fedwsa import models
+from fedwsa import messages, models
 from fedwsa.arrays import pack, unpack
 from strategies import FedDyn, Scaffold
 
@@ -84,3 +84,19 @@ def test_parameters_are_stepped_and_the_rest_is_averaged(kind, options, step, to
             torch.testing.assert_close(found, start[key])
         else:
             assert key == "table" or not torch.equal(found, start[key])
+
+
+# ---- what is not finite
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [({messages.LOCAL: "model"}, {}), ({}, {"batch_norm": "local", "model": "federations:NormNet"})],
+)
+def test_a_client_that_diverges_keeps_nothing_of_it(settings, changes):
+    """An error gives it back the state that it had; NaN of one round would be in each of its later ones."""
+    config = tiny(learning_rate=1e30, **changes)
+    start = models.build(config.model, *DIGITS, seed=0).state_dict()
+    with pytest.raises(RuntimeError, match=r"what this client would keep \(batch-norm\) is not finite$"):
+        ask(config, start=start, settings=settings)
+    ask(tiny(**changes), start=start, settings=settings)

@@ -354,6 +354,16 @@ def test_checkpoint_needs_its_metrics_on_the_disk(tmp_path: Path) -> None:
         folder.save_checkpoint(1, model(1), {})
 
 
+@pytest.mark.usefixtures("full_disk")
+def test_so_does_the_final_model(tmp_path: Path) -> None:
+    """Else a run whose metrics were lost would count as finished."""
+    folder = StrategyFolder(tmp_path)
+    folder.record({"round": 1})
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl: cannot be written: No space left on device"):
+        folder.save_final(model(1))
+    assert not folder.final.exists()
+
+
 def test_final_model_is_read_by_anyone(tmp_path: Path) -> None:
     folder = StrategyFolder(tmp_path)
     folder.save_final(model(1))
