@@ -27,8 +27,9 @@ def dirichlet(
     """Share out each class by proportions drawn from Dir(α, …, α) over the clients.
 
     Of class c with n_c samples, in random order, client k gets those from floor(n_c · P_{k−1}) to floor(n_c · P_k),
-    where P are the cumulative proportions; so every sample lands exactly once. Small α: few clients hold a class;
-    α → ∞: every class is split evenly.
+    where P are the cumulative proportions; so every sample lands exactly once, and the last client gets what rounding
+    leaves of each class, one sample at least of nearly all. Small α: few clients hold a class; α → ∞: every class is
+    split evenly.
 
     labels: integers [n]; the classes are the values that occur.
     alpha: α, the concentration, finite and > 0. Every such float works, however small.
