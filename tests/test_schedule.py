@@ -338,7 +338,7 @@ class Machines:
         self.engine._queue.append(SimpleNamespace(task=going, sending=sending))
         self._dispatch()
 
-    def receive(self, timeout: float | None) -> None:
+    def wait(self, timeout: float | None) -> None:
         takes = {k: actor.tasks[0].task.takes for k, actor in enumerate(self.actors) if actor.tasks}
         ends = [(self.begun[k] + seconds * (1.0 if k else self.slow), k) for k, seconds in takes.items()]
         self.now, first = min(ends)
