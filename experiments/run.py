@@ -67,10 +67,8 @@ def start(config: Config, console: Console, *, profile: bool = False) -> Path:
     check(config)
     config = pinned(config)
     folder = new_folder(config)
-    try:
+    with _usable(folder):
         _check_new(folder)
-    except OSError as error:
-        raise unusable(folder, error) from error
     with _claimed(folder):
         _check_new(folder)  # again, now that nobody else can
         repeatable = config.model_copy(update={"out_dir": ""})  # else to repeat it would mean to write over it
@@ -82,10 +80,8 @@ def start(config: Config, console: Console, *, profile: bool = False) -> Path:
 
 def resume(folder: Path, console: Console, *, profile: bool = False) -> Path:
     """Go on with a run that was interrupted, from the last checkpoint of each strategy."""
-    try:
+    with _usable(folder):
         found = (folder / CONFIG).is_file()
-    except OSError as error:
-        raise unusable(folder, error) from error
     if not found:
         raise UsageError(f"{folder}: no run to resume, {CONFIG} is missing")
     config = configuration.parse(configuration.read(folder / CONFIG))
@@ -171,6 +167,14 @@ def _check_new(folder: Path) -> None:
 
 def _resume_command(folder: Path) -> str:
     return f"fedwsa run --resume {shlex.quote(str(folder))}"
+
+
+@contextmanager
+def _usable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unusable(folder, error) from error
 
 
 @contextmanager

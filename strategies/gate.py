@@ -212,11 +212,12 @@ class Gate(Wrapper):
         if training and self.sent and passage.usable < self.min_replies:
             number = "none" if passage.usable == 0 else str(passage.usable)
             needed = f", {self.min_replies} are needed" if self.min_replies > 1 else ""
-            diverged = bool(self.failures) and all(failure.endswith("not finite") for failure in self.failures)
+            first = f"; {self.failures[0]}" if self.failures else ""
+            diverged = first and all(failure.endswith("not finite") for failure in self.failures)
             remedy = " (a run that diverges is to be begun anew, with a smaller learning-rate or a clip-norm)"
             raise NoUsableReplyError(
                 f"round {server_round}: {number} of {len(self.sent)} clients gave a usable reply{needed}"
-                f"{''.join(f'; {failure}' for failure in self.failures[:1])}{remedy if diverged else ''}"
+                f"{first}{remedy if diverged else ''}"
             )
 
 
