@@ -69,7 +69,8 @@ class Scripted:
 
     workers, workers_elsewhere = 2, False
 
-    def __init__(self, deaf_to=()):
+    def __init__(self, deaf_to=(), sleep=time.sleep):
+        self.sleep = sleep
         self.deaf_to, self.tasks, self.submitted, self.cancelled = deaf_to, [], [], set()
         self.idle = []  # how many had been submitted whenever there was nothing to do
 
@@ -87,7 +88,7 @@ class Scripted:
                 return [perform(self.population, task)]
         assert timeout is not None, "would wait for ever"
         self.idle.append(len(self.submitted))
-        time.sleep(timeout)
+        self.sleep(timeout)
         return []
 
     def wake(self):
@@ -322,6 +323,9 @@ class Clock:
     def monotonic(self):
         return self.now
 
+    def sleep(self, seconds):
+        self.now += seconds
+
     perf_counter = monotonic
 
 
@@ -349,8 +353,8 @@ def test_after_the_timeout_the_missing_replies_are_given_up(clock):
     assert ran == [0, 1, 2, *range(20)]
 
 
-def test_a_client_that_hangs_costs_only_its_own_reply():
-    engine = Scripted(deaf_to=[2])
+def test_a_client_that_hangs_costs_only_its_own_reply(clock):
+    engine = Scripted(deaf_to=[2], sleep=clock.sleep)
 
     def main(grid):
         sent = messages(grid)
@@ -364,8 +368,8 @@ def test_a_client_that_hangs_costs_only_its_own_reply():
     assert engine.idle[0] < 50 < engine.idle[-1] == 200
 
 
-def test_clients_that_hang_one_after_another_cost_only_their_own_replies():
-    engine = Scripted(deaf_to=[2, 150])
+def test_clients_that_hang_one_after_another_cost_only_their_own_replies(clock):
+    engine = Scripted(deaf_to=[2, 150], sleep=clock.sleep)
 
     def main(grid):
         return [value(answer) for answer in grid.send_and_receive(messages(grid), timeout=0.1)]
