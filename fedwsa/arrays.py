@@ -94,8 +94,9 @@ def _header(text: bytes) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
     try:
         entries = ast.literal_eval(text.decode("latin1"))
         dtype = np.dtype(entries["descr"])
-        plain = not (entries["fortran_order"] or dtype.hasobject)
-        return (dtype if plain else None), tuple(entries["shape"])
+        shape = tuple(entries["shape"])
+        plain = not (entries["fortran_order"] or dtype.hasobject) and all(type(n) is int and n >= 0 for n in shape)
+        return (dtype if plain else None), shape
     except (ValueError, SyntaxError, KeyError, TypeError):
         return None, ()
 

@@ -6,6 +6,7 @@ import random
 import sys
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import apps
@@ -102,6 +103,15 @@ class Scripted:
         pass
 
 
+ENGINES = ["inprocess", pytest.param("ray", marks=pytest.mark.process)]
+
+
+@pytest.fixture(scope="module")
+def engine(request):
+    with open_engine(request.param, **({"workers": 2} if request.param == "ray" else {})) as opened:
+        yield opened
+
+
 # ---- nodes and messages
 
 
@@ -188,6 +198,72 @@ def test_pull_gives_only_what_it_was_asked_for():
         return value(firsts), value(seconds)
 
     assert federate(main, name) == (0, 1)
+
+
+# ---- whose is what
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_what_a_client_uses_again_for_its_next_reply_stays_in_the_one_before(engine):
+    """Clients of one worker, of whose messages several travel together from the second round on."""
+
+    def client(message, context):
+        shared["config"]["value"] = context.node_config["partition-id"]
+        return Message(shared, reply_to=message)
+
+    shared = config(value=-1)
+
+    def main(grid):
+        return [[value(answer) for answer in grid.send_and_receive(messages(grid))] for _ in range(3)]
+
+    assert federate(main, client, num_clients=20, engine=engine) == [list(range(20))] * 3
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_what_a_client_keeps_is_not_what_it_replied_with(engine):
+    def client(message, context):
+        if "config" not in context.state:
+            context.state["config"] = ConfigRecord({"seen": [0]})
+        return Message(RecordDict({"config": context.state["config"]}), reply_to=message)
+
+    def main(grid):
+        for answer in grid.send_and_receive(messages(grid)):
+            answer.content["config"]["seen"].append(1)
+        return [answer.content["config"]["seen"] for answer in grid.send_and_receive(messages(grid))]
+
+    assert federate(main, client, engine=engine) == [[0]] * 4
+
+
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_threads_that_a_client_takes_are_not_the_next_ones(engine):
+    def client(message, context):
+        before = torch.get_num_threads()
+        torch.set_num_threads(3)
+        return reply(message, value=before)
+
+    def main(grid):
+        return {value(answer) for _ in range(3) for answer in grid.send_and_receive(messages(grid))}
+
+    assert federate(main, client, num_clients=20, engine=engine) == {1}
+
+
+def test_an_interrupted_client_is_asked_again():
+    """Ctrl-C that the ServerApp catches, for one."""
+    raised = []
+
+    def client(message, context):
+        if not raised:
+            raised.append(1)
+            raise KeyboardInterrupt
+        return name(message, context)
+
+    def main(grid):
+        replies = grid.send_and_receive(messages(grid))
+        with pytest.raises(KeyboardInterrupt):
+            list(replies)
+        return [value(answer) for answer in grid.send_and_receive(messages(grid))]
+
+    assert federate(main, client) == [0, 1, 2, 3]
 
 
 # ---- send and receive
@@ -375,6 +451,66 @@ def test_clients_that_hang_one_after_another_cost_only_their_own_replies(clock):
         return [value(answer) for answer in grid.send_and_receive(messages(grid), timeout=0.1)]
 
     assert federate(main, name, num_clients=200, engine=engine) == [k for k in range(200) if k not in {2, 150}]
+
+
+def test_a_message_whose_time_to_live_is_over_is_answered_by_an_error():
+    """How Flower's older servers say `round_timeout`."""
+    engine = Scripted(deaf_to=[1])
+
+    def main(grid):
+        sent = messages(grid)
+        for message in sent:
+            message.metadata.ttl = 0.2
+        fine, late, *others = grid.send_and_receive(sent)
+        assert [value(answer) for answer in (fine, *others)] == [0, 2, 3]
+        assert (late.error.code, late.error.reason) == (UNAVAILABLE, "its time to live is over")
+        assert late.metadata.reply_to_message_id == sent[1].metadata.message_id
+
+    federate(main, name, engine=engine)
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e12, None])
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_as_long_as_you_like(timeout, engine):
+    def main(grid):
+        with ThreadPoolExecutor(1) as pool:
+            there = pool.submit(lambda: list(grid.send_and_receive(messages(grid), timeout=timeout))).result(60)
+        return [value(answer) for answer in [*there, *grid.send_and_receive(messages(grid), timeout=timeout)]]
+
+    assert federate(main, name, engine=engine) == [*range(4), *range(4)]
+
+
+def test_nobody_uses_an_engine_after_the_end_of_his_simulation():
+    """Else a thread left behind would take another's replies: replies kept and not looked at, for one."""
+    kept = []
+
+    def main(grid):
+        kept.extend((grid, grid.send_and_receive(messages(grid))))
+        raise LookupError
+
+    engine = Scripted(deaf_to=range(4))
+    with pytest.raises(LookupError):
+        federate(main, name, engine=engine)
+    grid, replies = kept
+    submitted = list(engine.submitted)
+    for use in (
+        lambda: list(replies),
+        lambda: grid.pull_messages(["message-1"]),
+        lambda: grid.push_messages(messages(grid)),
+        lambda: grid.send_and_receive(messages(grid)),
+    ):
+        with pytest.raises(RuntimeError, match="the simulation has ended"):
+            use()
+    assert engine.submitted == submitted
+
+
+def test_messages_of_two_simulations_have_other_ids():
+    def main(grid):
+        sent = messages(grid)
+        list(grid.send_and_receive(sent))
+        return {message.metadata.message_id for message in sent}
+
+    assert federate(main, name).isdisjoint(federate(main, name))
 
 
 def test_a_client_gets_the_messages_of_one_call_in_their_order(monkeypatch):

@@ -1,5 +1,6 @@
 """A grid that several threads use, and pushed messages: clients go on while the ServerApp does something else."""
 
+import queue
 import threading
 import time
 import warnings
@@ -23,7 +24,7 @@ from fedwsa.simulation.turns import Turns
 LIMIT = 60.0  # seconds for what takes a moment
 
 
-@pytest.fixture(scope="module", params=["inprocess", "ray"])
+@pytest.fixture(scope="module", params=["inprocess", pytest.param("ray", marks=pytest.mark.process)])
 def engine(request):
     with open_engine(request.param, **({"workers": 2} if request.param == "ray" else {})) as opened:
         yield opened
@@ -102,6 +103,26 @@ def test_each_thread_gets_the_replies_to_its_own_messages(engine):
     assert others == [[node, 0] for node in range(1, 20)]
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("engine", ["ray"], indirect=True)
+def test_messages_may_be_made_by_what_waits_for_another_thread(engine):
+    def main(grid):
+        made = queue.SimpleQueue()
+
+        def make():
+            for answer in grid.send_and_receive(messages(grid, nodes=[1002])):
+                made.put(messages(grid, nodes=[1000 + value(answer)])[0])
+            made.put(None)
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(make)
+            ids = grid.push_messages(iter(lambda: made.get(timeout=LIMIT), None))
+            return [value(answer) for answer in grid.send_and_receive(messages(grid, nodes=[1001]))], len(ids)
+
+    assert federate(main, name, engine=engine) == ([1], 1)
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["ray"], indirect=True)
 def test_a_thread_waits_no_longer_than_it_said(engine):
     def client(message, context):
@@ -122,6 +143,7 @@ def test_a_thread_waits_no_longer_than_it_said(engine):
     assert again == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["ray"], indirect=True)
 def test_a_thread_need_not_wait_for_what_the_servers_own_waits_for(engine, tmp_path):
     """The reply that the ServerApp waits for comes when another thread has had its own."""
@@ -156,6 +178,7 @@ def test_a_thread_need_not_wait_for_what_the_servers_own_waits_for(engine, tmp_p
 # ---- push, and look later
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("engine", ["ray"], indirect=True)
 def test_pushed_messages_are_answered_though_nobody_pulls(engine, tmp_path):
     def client(message, context):
@@ -167,8 +190,10 @@ def test_pushed_messages_are_answered_though_nobody_pulls(engine, tmp_path):
         until = time.monotonic() + LIMIT
         while len(list(tmp_path.iterdir())) < 10 and time.monotonic() < until:
             time.sleep(0.01)
-        time.sleep(0.5)  # what was done is under way
-        return sorted(value(answer) for answer in grid.pull_messages(ids))
+        answers = []
+        while len(answers) < 10 and time.monotonic() < until:  # they are on their way
+            answers += [value(answer) for answer in grid.pull_messages(ids) if answer.has_content()]
+        return sorted(answers)
 
     assert federate(main, client, num_clients=10, engine=engine) == list(range(10))
 
@@ -221,9 +246,10 @@ def test_what_the_feeder_meets_is_raised_to_who_waits(elsewhere):
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(lambda: grid.send_and_receive(messages(grid))).result(LIMIT)
         else:
-            grid.push_messages(messages(grid))
-            time.sleep(0.2)
-            grid.push_messages(messages(grid))
+            until = time.monotonic() + LIMIT
+            while time.monotonic() < until:  # the first may be before the feeder has met it
+                grid.push_messages(messages(grid))
+                time.sleep(0.01)
 
     with pytest.raises(RuntimeError, match="the cluster is gone"):
         federate(main, name, engine=Broken())
@@ -276,6 +302,54 @@ def test_who_would_wait_gives_way_first_to_who_came_before():
         turns.wait(lambda: inside.append("waited too long"))
     thread.join(LIMIT)
     assert inside == ["other"]
+
+
+def test_what_another_thread_brings_about_is_seen_while_somebody_waits_at_its_turn():
+    woken, ended, there = threading.Event(), threading.Event(), []
+    turns = Turns(lambda: None, lambda: False, woken.set)
+    with ThreadPoolExecutor(3) as pool:
+
+        def wait_at_ones_turn():
+            with turns:
+                turns.wait(lambda: woken.wait(LIMIT))
+                turns.wait(lambda: ended.wait(LIMIT))
+
+        waiting = pool.submit(wait_at_ones_turn)
+        while not turns._waiting:
+            time.sleep(0.001)
+        seen = pool.submit(turns.wait_for, lambda: bool(there), LIMIT / 2)
+        while not turns._changed._waiters:
+            time.sleep(0.001)
+        start = time.monotonic()
+        with turns:  # what wakes the one that waits, and has its notice of changes before there is any
+            there.append(1)
+        seen.result(LIMIT)
+        assert time.monotonic() - start < LIMIT / 4
+        ended.set()
+        waiting.result(LIMIT)
+
+
+def test_who_gives_way_is_not_kept_from_its_turn_for_ever():
+    woken, stop = threading.Event(), threading.Event()
+    turns = Turns(lambda: None, lambda: False, woken.set)
+
+    def again_and_again():
+        while not stop.is_set():
+            with turns:
+                pass
+
+    def wait_often():
+        with turns:
+            for _ in range(50):
+                turns.wait(lambda: woken.wait(0.001))
+
+    with ThreadPoolExecutor(3) as pool:
+        busy = [pool.submit(again_and_again) for _ in range(2)]
+        try:
+            pool.submit(wait_often).result(LIMIT / 2)
+        finally:
+            stop.set()
+        assert [each.result(LIMIT) for each in busy] == [None, None]
 
 
 def test_one_at_a_time_and_the_feeder_gives_way_at_once():

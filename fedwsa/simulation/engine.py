@@ -125,16 +125,21 @@ def answer(population: Population, job: Job) -> Answer:
         run_config=dict(population.run_config),
     )
     message = make_message(metadata, own_content(job.message.content))
-    start = time.perf_counter()
+    start, threads = time.perf_counter(), torch.get_num_threads()
     try:
         with span(metadata.message_type.partition(".")[0]):
             reply = population.app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
+        if reply.has_content():  # nothing of it is the app's, the state's or another reply's too
+            reply.content = own_content(reply.content)
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
         context.state = job.state or RecordDict()  # half of what it kept is nothing that it could go on from
-    state = context.state if context.state or job.state is not None else None
+    finally:
+        if torch.get_num_threads() != threads:  # the next client of this worker must not depend on who was before it
+            torch.set_num_threads(threads)
+    state = own_content(context.state) if context.state or job.state is not None else None
     return Answer(metadata.message_id, reply, state, time.perf_counter() - start)
 
 
@@ -178,17 +183,19 @@ class InProcessEngine:
         """One task is done whatever the timeout: nothing here could stop it."""
         if not self.tasks:
             return []
+        outcome = self.perform(self.tasks[0])
+        self.tasks.popleft()  # not before: Ctrl-C loses none
+        return [outcome]
+
+    def perform(self, task: Task) -> Outcome:
+        """Do a task now."""
         assert self.population is not None, "begin() comes first"
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            outcome = perform(self.population, self.tasks.popleft())
+            return perform(self.population, task)
         finally:
             torch.set_num_threads(before)
-        for given in outcome.answers:
-            if given.reply is not None and given.reply.has_content():
-                given.reply.content = own_content(given.reply.content)
-        return [outcome]
 
     def wake(self) -> None:
         """See Engine; nothing waits here."""

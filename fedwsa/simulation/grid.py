@@ -21,6 +21,9 @@ from fedwsa.simulation.sending import Replies, Sending
 from fedwsa.simulation.turns import Turns
 from fedwsa.tracing import span
 
+NUMBERS = count(1)  # of messages; one count for the process: a thread left behind must not name another run's
+UNKNOWN, EXPIRED = "no such message, or its reply was pulled before", "its time to live is over"
+FOREVER = 1e9  # seconds; what is longer is no limit, and more than a wait can be told
 FIRST_NODE_ID = 1000  # Flower gives 1 to the server; node id − FIRST_NODE_ID is the partition id
 
 
@@ -49,7 +52,6 @@ class SimulationGrid(Grid):
         self.durations = Durations(client_sizes)
         self.states: dict[int, RecordDict] = {}  # of the clients that keep any, by partition id
         self._run = Run.create_empty(run_id=1)
-        self._numbers = count(1)
         self._on_the_way: dict[str, _OnTheWay] = {}  # by message id, until the answer is there
         self._due: dict[int, list[str]] = {}  # by partition id; the first of each is with the engine
         self._replies: dict[str, Message] = {}  # to pushed messages, not yet asked for
@@ -80,6 +82,7 @@ class SimulationGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Hand messages to the clients; the ids are for `pull_messages`."""
+        messages = list(messages)  # what makes them may wait for another thread
         with self._turns:
             self.finish()
             return self._push(messages)
@@ -94,43 +97,52 @@ class SimulationGrid(Grid):
             self._take_what_is_there()
             asked = list(dict.fromkeys(message_ids))
             there = [message_id for message_id in asked if message_id not in self._on_the_way]
-            return [self._replies.pop(id_) if id_ in self._replies else _unavailable(id_) for id_ in there]
+            return [self._replies.pop(id_) if id_ in self._replies else _unavailable(id_, UNKNOWN) for id_ in there]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Replies:
         """Replies in the order of the messages; iterating over them gives each as soon as all before it are there.
 
-        After `timeout` seconds of waiting (None: no limit) the replies that are missing are given up, running clients
-        included. To another thread than that of the ServerApp they are given when all are there.
+        After `timeout` seconds of waiting the replies that are missing are given up, running clients included; of 0
+        nothing is sent. Without one the messages' time to live (12 hours by default) is the limit, after which error
+        replies stand for them, as Flower has it. To another thread than that of the ServerApp they are given when all
+        are there.
         """
+        messages = list(messages)
         if not self._is_own_thread():
             return Replies(iter(self._from_another_thread(messages, timeout)))
         with self._turns:
             self.finish()
-            sending = Sending(self, self._numbered(messages), None, timeout)
+            sending = Sending(self, self._numbered(messages), None, _limit(messages, timeout))
             self._open.append(sending)
-        return Replies(self._coming(sending))
+        return Replies(self._coming(sending, timeout is None))
 
     def _is_own_thread(self) -> bool:
         return threading.get_ident() == self._thread
 
-    def _coming(self, sending: Sending) -> Iterator[Message]:
+    def _coming(self, sending: Sending, expires: bool) -> Iterator[Message]:
+        ids = iter(sending.ids)
         while True:
             with self._turns:
                 piece = next(sending, None)
             if piece is None:
                 return
-            if piece[1] is not None:
-                yield piece[1]
+            message_id, reply = next(ids), piece[1]
+            if reply is not None or expires:
+                yield reply or _unavailable(message_id, EXPIRED)
 
-    def _from_another_thread(self, messages: Iterable[Message], timeout: float | None) -> list[Message]:
+    def _from_another_thread(self, messages: list[Message], timeout: float | None) -> list[Message]:
         with self._turns:
             ids = self._push(messages)
         if self.engine.workers_elsewhere:
-            self._turns.wait_for(lambda: self._on_the_way.keys().isdisjoint(ids), timeout)
+            limit = _limit(messages, timeout)
+            self._turns.wait_for(lambda: self._on_the_way.keys().isdisjoint(ids), limit)
         with self._turns:
             self._take_what_is_there()
             self.give_up(set(ids))
-            return [self._replies.pop(message_id) for message_id in ids if message_id in self._replies]
+            replies = [self._replies.pop(message_id, None) for message_id in ids]
+        if timeout is not None:
+            return [reply for reply in replies if reply]
+        return [reply or _unavailable(message_id, EXPIRED) for message_id, reply in zip(ids, replies, strict=True)]
 
     def _take_what_is_there(self) -> None:
         while self.receive(timeout=0):
@@ -151,9 +163,10 @@ class SimulationGrid(Grid):
         The workers fold what they can; the result does not depend on how many there are. A reply that is missing after
         `timeout` seconds of waiting is given up. make: picklable; gives an empty part.
         """
+        messages = list(messages)
         with self._turns:
             self.finish()
-            sending = Sending(self, self._numbered(messages), make, timeout)
+            sending = Sending(self, self._numbered(messages), make, _limit(messages, timeout))
             self._open.append(sending)  # until it is done: what is raised meanwhile leaves no message behind
             tree = Tree()
             for size, part in sending:
@@ -178,17 +191,21 @@ class SimulationGrid(Grid):
         self._closed = True
         self._turns.close()
 
+    def _check_open(self) -> None:
+        """A thread that the ServerApp has left behind must not use the engine, which may have begun another."""
+        if self._closed:
+            raise RuntimeError("the simulation has ended: nothing can be sent or received any more")
+
     def _numbered(self, messages: Iterable[Message]) -> list[Message]:
         """Copies with ids: clients get what the ServerApp sent, whatever it changes before they start."""
-        if self._closed:  # a thread that the ServerApp has left behind
-            raise RuntimeError("the simulation has ended: nothing can be sent any more")
+        self._check_open()
         numbered: list[Message] = []
         contents: dict[int, tuple[RecordDict, RecordDict]] = {}  # by id of the original, which stays alive here
         records: dict[int, tuple[object, ArrayRecord | ConfigRecord | MetricRecord]] = {}  # likewise
         for message in messages:
             if not 0 <= message.metadata.dst_node_id - FIRST_NODE_ID < self.num_clients:
                 raise ValueError(f"message for node {message.metadata.dst_node_id}: no such node")
-            message.metadata.__dict__["_message_id"] = f"message-{next(self._numbers)}"
+            message.metadata.__dict__["_message_id"] = f"message-{next(NUMBERS)}"
             content = message.content
             if id(content) not in contents:
                 own = own_content(content)
@@ -208,6 +225,7 @@ class SimulationGrid(Grid):
         A client gets one message at a time, with its state after the one before. The answers go to `sending`, whose
         messages these are from `position` on, or else wait to be pulled.
         """
+        self._check_open()
         partitions = [self.partition_of(message) for message in messages]
         idle = self._due.keys().isdisjoint(partitions) and len(set(partitions)) == len(partitions)
         for offset, (message, partition_id) in enumerate(zip(messages, partitions, strict=True)):
@@ -231,6 +249,7 @@ class SimulationGrid(Grid):
         message_ids &= self._on_the_way.keys()
         if not message_ids:
             return
+        self._check_open()
         self.engine.cancel(message_ids)
         given_up = [self._on_the_way.pop(message_id) for message_id in message_ids]
         self._pushed -= sum(each.sending is None for each in given_up)
@@ -255,6 +274,7 @@ class SimulationGrid(Grid):
 
         False where nothing has.
         """
+        self._check_open()
         with span("dispatch"):
             outcomes = self.engine.collect(timeout)
         for outcome in outcomes:
@@ -293,8 +313,16 @@ def _copy(metadata: Metadata) -> Metadata:
     return copied
 
 
-def _unavailable(message_id: str) -> Message:
-    """In place of the reply to a message that there is not (any more)."""
+def _limit(messages: list[Message], timeout: float | None) -> float | None:
+    """Seconds to wait for the replies; None: whatever it takes."""
+    if timeout is None:
+        now = time.time()
+        timeout = max((each.metadata.created_at + each.metadata.ttl - now for each in messages), default=0.0)
+    return timeout if timeout < FOREVER else None
+
+
+def _unavailable(message_id: str, reason: str) -> Message:
+    """In place of the reply to a message that there is not (any more), or whose reply never came."""
     server = Metadata(
         run_id=1,
         message_id=f"no-reply-to-{message_id}",
@@ -306,5 +334,4 @@ def _unavailable(message_id: str) -> Message:
         ttl=0.0,
         message_type=SYSTEM_MESSAGE_TYPE,
     )
-    reason = "no such message, or its reply was pulled before"
     return make_message(server, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))

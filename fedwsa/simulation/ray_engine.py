@@ -31,6 +31,7 @@ _LOG = logging.getLogger("fedwsa")
 DEPTH = 2  # tasks at an actor: one is done, the next one is already there
 MOMENT = 0.1  # seconds
 START_TIMEOUT = 120.0  # seconds for Ray and for each actor to come up
+LONGEST_WAIT = 3600.0  # seconds in one go; poll() takes no more than 24 days
 END_TIMEOUT = 10.0  # seconds for what the actors were doing to come or fail once they are ended
 ATTEMPTS = 3  # at a task whose actor died
 
@@ -138,14 +139,17 @@ class RayEngine:
         """See Engine."""
         self._adopt()
         if self._here and self._queue:
-            self._here.submit(self._queue.popleft().task)
-            return self._here.collect(timeout)
+            outcome = self._here.perform(self._queue[0].task)
+            self._queue.popleft()
+            return [outcome]
         if not self._queue and not any(actor.tasks for actor in self._actors):
             return []
         links: dict[Any, _Actor] = {actor.link: actor for actor in self._actors if actor.link}
         outcomes: list[Outcome] = []
         with span("wait"):
-            all_ready = connection.wait([self._wake_reader, *links], timeout)
+            all_ready = connection.wait(
+                [self._wake_reader, *links], LONGEST_WAIT if timeout is None else min(timeout, LONGEST_WAIT)
+            )
         for ready in all_ready:
             if ready == self._wake_reader:
                 os.read(self._wake_reader, 1024)
@@ -286,7 +290,7 @@ class RayEngine:
             return self._crashed(actor, error)
         for outcome in outcomes:
             first = outcome.answers[0].message_id
-            actor.tasks.remove(next(sent for sent in actor.tasks if sent.task.message_ids[0] == first))
+            actor.tasks = deque(sent for sent in actor.tasks if sent.task.message_ids[0] != first)
         return outcomes
 
     def _crashed(self, actor: _Actor, error: Exception) -> list[Outcome]:
@@ -330,9 +334,12 @@ class RayEngine:
                 return
             actor = min(free, key=lambda candidate: (candidate.seconds(), len(candidate.tasks)))
             assert actor.link is not None
-            if not actor.link.send(self._queue[0].task, busy=bool(actor.tasks)):
+            sent, busy = self._queue[0], bool(actor.tasks)
+            actor.tasks.append(sent)  # before it is sent: where Ctrl-C comes between, the answer is not a stranger's
+            if not actor.link.send(sent.task, busy=busy):
+                actor.tasks.pop()
                 return
-            actor.tasks.append(self._queue.popleft())
+            self._queue.popleft()
 
 
 def _without(waiting: Iterable[_Sent], message_ids: set[str]) -> list[_Sent]:

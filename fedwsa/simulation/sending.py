@@ -55,7 +55,7 @@ class Sending:
         self._make = make
         self._left = timeout  # seconds of waiting; what the ServerApp does between two answers does not count
         self._is_late = False  # the answer that is due
-        self._ids = [message.metadata.message_id for message in messages]
+        self.ids = [message.metadata.message_id for message in messages]
         self._position = 0  # of the answer that is due
         self._arrived: dict[int, Piece] = {}  # by position
         self._unanswered = 0  # units
@@ -67,14 +67,14 @@ class Sending:
 
     def __next__(self) -> Piece:
         """The answer that is due, as soon as it is there; (1, None) for one that was given up."""
-        if self._position == len(self._ids):
-            self._grid.give_up(set(self._ids))
+        if self._position == len(self.ids):
+            self._grid.give_up(set(self.ids))
             raise StopIteration
         late = None if self._left is None else self._left / 2
         while self._position not in self._arrived and self._may_wait():
             self._fill()
             if not self._unanswered:
-                raise RuntimeError(f"{self._ids[self._position]} is neither answered nor on the way: an engine lost it")
+                raise RuntimeError(f"{self.ids[self._position]} is neither answered nor on the way: an engine lost it")
             self._wait(late)
         self._is_late = False
         size, answer = self._arrived.pop(self._position, (1, None))
@@ -90,7 +90,7 @@ class Sending:
             kept[position] = size, answer
             position += size
         self._arrived = kept
-        self._position = min(kept, default=len(self._ids))
+        self._position = min(kept, default=len(self.ids))
 
     def arrived(self, position: int, size: int, answer: Any) -> None:
         """Called by the grid."""

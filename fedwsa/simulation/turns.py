@@ -26,6 +26,7 @@ class Turns:
         self._changed = threading.Condition()
         self._others = 0  # threads that have the turn or want it
         self._wanting = 0  # of these, threads that want it
+        self._entered = 0  # how many times it was had
         self._feeding = self._waiting = self._closed = False
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -39,6 +40,7 @@ class Turns:
         self._lock.acquire()
         with self._changed:
             self._wanting -= 1
+            self._entered += 1
         if self._error is not None:
             self.__exit__(None, None, None)
             raise self._error
@@ -50,11 +52,10 @@ class Turns:
         self._lock.release()
         with self._changed:
             self._others -= 1
-            if not self._others:
-                self._changed.notify_all()
+            self._changed.notify_all()  # it may have taken what another thread waits for
 
     def wait(self, step: Callable[[], object]) -> None:
-        """At one's turn: do a step that waits, but let other threads that want the turn have it meanwhile."""
+        """At one's turn: do a step that waits, but let others that want the turn have it meanwhile, once each."""
         self._waiting = True  # whoever comes from now on wakes it
         try:
             if not self._wanting:
@@ -63,7 +64,8 @@ class Turns:
             self._waiting = False
         with self._changed:
             self._changed.notify_all()  # it may have brought what another thread waits for
-        while self._wanting:
+        had = self._entered + self._wanting  # whoever comes later, or again, waits for the next time
+        while self._wanting and self._entered < had:
             self._given_way.wait()
 
     def feed(self) -> None:
