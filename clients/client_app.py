@@ -31,6 +31,11 @@ RunConfig = dict[str, bool | int | float | str]
 @app.train()
 def train_message(message: Message, context: Context) -> Message:
     """Train on this client's training samples; everything random comes from (seed, round, partition id)."""
+    with _kept_if_it_fails(context):
+        return _trained(message, context)
+
+
+def _trained(message: Message, context: Context) -> Message:
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)
@@ -42,7 +47,7 @@ def train_message(message: Message, context: Context) -> Message:
     put_back(state, local, context, settings)
     server_round = int(settings[messages.SERVER_ROUND])  # type: ignore[arg-type]
     own_seed = torch_seed(config.seed[0], "client", server_round, client)
-    with _reproducible(_device(config), own_seed):
+    with _reproducible(_device(config), torch_seed(config.seed[0], "client-module", server_round, client)):
         order = torch.Generator().manual_seed(own_seed)
         seen = _augmented(images, config, server_round, client)
         alignment = messages.unpack_alignment(settings)
@@ -112,27 +117,33 @@ def evaluate_test_split(message: Message, context: Context) -> Message:
 
 
 def _identity(message: Message, context: Context) -> tuple[Config, int]:
-    """The config, with as many clients as the network has, and which of them this is."""
-    messages.check_version(messages.config_of(message))
+    """The config, with the digest of the partition file that the server has, and which client this is."""
+    settings = messages.config_of(message)
+    messages.check_version(settings)
+    config = _config(context.run_config)
+    if (digest := settings.get(messages.PARTITION, config.partition_sha256)) != config.partition_sha256:
+        config = config.model_copy(update={"partition_sha256": digest})
     try:
         client, clients = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
     except KeyError as error:
         raise ValueError(f'node config: {error} is missing; --node-config "partition-id=0 num-partitions=2"') from None
     if not 0 <= client < clients:
         raise ValueError(f"partition-id = {client}: allowed is 0 to num-partitions − 1 = {clients - 1}")
-    return _config(context.run_config, clients), client
+    if clients != config.num_clients:  # of which the server knows nothing; its strategies count on num-clients
+        raise ValueError(f"num-partitions = {clients}: allowed is the run's num-clients = {config.num_clients}")
+    return config, client
 
 
-_CONFIGS: list[tuple[RunConfig, int, Config]] = []  # of runs seen lately
+_CONFIGS: list[tuple[RunConfig, Config]] = []  # of runs seen lately
 
 
-def _config(run_config: RunConfig, clients: int) -> Config:
+def _config(run_config: RunConfig) -> Config:
     """Parsed once a process and run. To compare is quicker than to hash, and a client may take a millisecond."""
-    for known, number, config in _CONFIGS:
-        if number == clients and known == run_config:
+    for known, config in _CONFIGS:
+        if known == run_config:
             return config
-    config = from_run_config(run_config).model_copy(update={"num_clients": clients})
-    _CONFIGS[:] = [(dict(run_config), clients, config), *_CONFIGS[:7]]
+    config = from_run_config(run_config)
+    _CONFIGS[:] = [(dict(run_config), config), *_CONFIGS[:7]]
     return config
 
 
@@ -206,6 +217,18 @@ def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = settings
         for each, before in zip(generators, kept, strict=True):
             each.set_state(before)
+
+
+@contextmanager
+def _kept_if_it_fails(context: Context) -> Iterator[None]:
+    """What the client keeps is as it was where its training fails: Flower's SuperNode would store it as it is then."""
+    before = dict(context.state)
+    try:
+        yield
+    except BaseException:
+        context.state.clear()
+        context.state.update(before)
+        raise
 
 
 def _moved(tensor: Tensor, config: Config) -> Tensor:

@@ -152,9 +152,9 @@ def _with_keys(text: str) -> str:
 
 
 def _validation_split(config: Config, client: int, part: Indices) -> tuple[Indices, Indices]:
-    """Training and validation samples; both have one at least where the client holds two."""
+    """Training and validation samples; both have one at least where the client holds two, else it trains on its one."""
     size = round(config.validation_fraction * len(part))
-    if config.validation_fraction > 0 and len(part) > 1:
+    if config.validation_fraction > 0:
         size = min(max(size, 1), len(part) - 1)
     shuffled = generator(config.seed[0], "validation", partition_id=client).permutation(part)
     return np.sort(shuffled[size:]), np.sort(shuffled[:size])

@@ -8,13 +8,13 @@ A train or evaluate message holds
   ``scope-mode`` and ``scope-reduction``, and, where they are not the default, ``scope-divergence`` (forward-kl),
   ``scope-granularity`` (layer; the names are then those of the units, `fedwsa.granularity`) with ``scope-layers``, the
   layers that the unit "model" pools, and ``scope-share`` (0; if more, each client finds λ itself,
-  `WeightScopeRegularizer.fix_strength`); ``strategy``, its name, by which clients
-  tell what they keep for it; and ``objective``, what clients minimise besides the task's loss (`clients.objectives`),
-  with its numbers (``proximal-mu``; ``control-option``, I or II; ``dynamic-alpha``; ``contrastive-mu`` and
-  ``temperature``);
-  ``local-arrays``, which arrays stay with the client where it is not the config that says so (a policy of
-  `clients.batch_norm`); ``pooled-samples`` (true: train on everybody's, which only a simulation's clients can) and
-  ``test-split-too`` (true, of an evaluation: on the whole test split besides);
+  `WeightScopeRegularizer.fix_strength`); ``strategy``, its name, by which clients tell what they keep for it;
+  ``partition-sha256``, of the partition file that they read, where there is one; and ``objective``, what clients
+  minimise besides the task's loss (`clients.objectives`), with its numbers (``proximal-mu``; ``control-option``, I or
+  II; ``dynamic-alpha``; ``contrastive-mu`` and ``temperature``); ``local-arrays``, which arrays
+  stay with the client where it is not the config that says so (a policy of `clients.batch_norm`); ``pooled-samples``
+  (true: train on everybody's, which only a simulation's clients can) and ``test-split-too`` (true, of an evaluation: on
+  the whole test split besides);
 * further ArrayRecords where the strategy has such: ``control``, the control variate of SCAFFOLD by the parameters that
   train. In a reply it is the change of the client's own.
 
@@ -47,7 +47,7 @@ SCHEMA_VERSION = 1
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
-SERVER_ROUND, VERSION, STRATEGY = "server-round", "schema-version", "strategy"
+SERVER_ROUND, VERSION, STRATEGY, PARTITION = "server-round", "schema-version", "strategy", "partition-sha256"
 OBJECTIVE, PROXIMAL_MU = "objective", "proximal-mu"  # the latter is Flower's name
 CONTRASTIVE_MU, TEMPERATURE, LOCAL_STEPS = "contrastive-mu", "temperature", "local-steps"
 CONTROL, CONTROL_OPTION, DYNAMIC_ALPHA = "control", "control-option", "dynamic-alpha"

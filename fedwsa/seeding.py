@@ -22,6 +22,8 @@ PURPOSES = (  # append only: a purpose's position is part of its seed
     "shift-validation",
     "augmentation",
     "barrier",
+    "client-module",
+    "np-merge-module",
 )
 
 

@@ -305,6 +305,8 @@ def _arrays_fault(arrays: ArrayRecord, layout: Layout) -> str | None:
             values = view(arrays[name])
         except Exception as error:  # whatever bytes may do to np.load
             return f"{name}: not a readable array ({error})"
+        if not isinstance(values, np.ndarray):  # np.load makes something else of an archive
+            return f"{name}: not a readable array ({type(values).__name__})"
         if values.shape != shape or values.dtype != dtype:
             return f"{name}: {values.dtype} {values.shape}, sent was {dtype} {shape}"
         if values.dtype.kind == "f" and not _all_finite(values):

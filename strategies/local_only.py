@@ -10,7 +10,7 @@ from fedwsa.errors import RunError
 from fedwsa.simulation.folding import Fold
 from strategies.aggregation import MeanMetrics, equal, weight_of
 from strategies.fedavg import FedAvg
-from strategies.sampling import each
+from strategies.sampling import TooFewClientsError, each
 
 TEST_METRICS = (messages.TEST_EXAMPLES, messages.TEST_LOSS, messages.TEST_ACCURACY)
 
@@ -47,7 +47,10 @@ class LocalOnly(FedAvg):
     ) -> Iterable[Message]:
         """As FedAvg; clients take their own models, and the test split too."""
         config = ConfigRecord({**config, messages.LOCAL: "model", messages.TEST_TOO: True})
-        return super().configure_evaluate(server_round, arrays, config, grid)
+        try:
+            return super().configure_evaluate(server_round, arrays, config, grid)
+        except TooFewClientsError as error:  # others can do without
+            raise RunError(f"round {server_round}: {error}; local-only has no other evaluation") from error
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means of the clients' metrics, weighted by their validation samples; plain ones of those on the test split.

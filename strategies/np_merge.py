@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedwsa import messages
 from fedwsa.arrays import pack, unpack
 from fedwsa.config import Config
-from fedwsa.merging import successive_np_merge
+from fedwsa.merging import chain_permutations, successive_np_merge
 from fedwsa.sections import NPMergeConfig
 from fedwsa.seeding import torch_generator, torch_seed
 from strategies.aggregation import MeanMetrics, ScopeStatistics, weight_of
@@ -27,8 +27,9 @@ class NPMerge(FedAvg):
     share so that zero steps give FedAvg (of aligned models), are ours.
 
     holdout: at least one sample, else ValueError.
-    options: learning of the coefficients, for each pair. ValueError for `align` with a weight under two names, which
-        no permutation of one layer leaves as it is; without, it is merged once.
+    options: learning of the coefficients, for each pair. ValueError for `align` with a model that is no chain of
+        layers, or with a weight under two names, which no permutation of one layer leaves as it is; without, it is
+        merged once.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class NPMerge(FedAvg):
     ) -> None:
         if not len(holdout.labels):
             raise ValueError("NP-Merge learns on samples of the server; server-samples must be at least 1")
-        if options.align and (tied := holdout.second_names):
-            raise ValueError(f"np-merge.align = true: {', '.join(tied)} has another name too; allowed with it is false")
+        if options.align:
+            _check_alignable(holdout)
         super().__init__(cohort, seed=seed, evaluation_cohort=evaluation_cohort, timeout=timeout)
         self.holdout = holdout
         self.options = options
@@ -79,7 +80,7 @@ class NPMerge(FedAvg):
                 yield once, weight_of(own)
 
         with torch.random.fork_rng(devices=[]):  # what a module draws by itself, dropout for one
-            torch.default_generator.manual_seed(torch_seed(self.seed, "np-merge", server_round))
+            torch.default_generator.manual_seed(torch_seed(self.seed, "np-merge-module", server_round))
             merged = successive_np_merge(
                 models(),
                 batch_loss(self.holdout, self.options.batch_size, torch_generator(self.seed, "np-merge", server_round)),
@@ -90,6 +91,16 @@ class NPMerge(FedAvg):
             )
         state = {name: merged[first] for name, first in first_names.items()}
         return pack(state), MetricRecord({**metrics.record(), **scopes.metrics(scopes.fused())})
+
+
+def _check_alignable(holdout: Holdout) -> None:
+    allowed = "allowed with this model is false"
+    if tied := holdout.second_names:
+        raise ValueError(f"np-merge.align = true: {', '.join(tied)} has another name too; {allowed}")
+    try:
+        chain_permutations(holdout.model.state_dict())
+    except ValueError as error:
+        raise ValueError(f"np-merge.align = true: {error}; {allowed}") from error
 
 
 def batch_loss(

@@ -20,6 +20,7 @@ from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.simulation.states import pack_states, unpack_states
 from fedwsa.tracing import span
 from strategies.gate import Gate
+from strategies.sampling import TooFewClientsError
 
 _LOG = logging.getLogger("fedwsa")
 
@@ -28,6 +29,7 @@ Notify = Callable[[str, Event], None]
 Evaluate = Callable[[ArrayRecord], Event]
 
 SHOWN_FAILURES = 20  # of a phase, in metrics.jsonl
+CLOCKS = 600.0  # seconds that real clients' clocks may differ from the server's
 
 
 @dataclass(slots=True)
@@ -105,19 +107,43 @@ class Rounds:
     def _evaluate_clients(self, server_round: int, arrays: ArrayRecord) -> Event | None:
         """Gives the server's evaluation too where the clients have made it, of models that the server does not have."""
         start, test = time.perf_counter(), None
-        outgoing = list(self.strategy.configure_evaluate(server_round, arrays, self._settings(), self.grid))
+        try:
+            outgoing = list(self.strategy.configure_evaluate(server_round, arrays, self._settings(), self.grid))
+        except TooFewClientsError as error:  # what was trained is worth keeping all the same
+            if self.strategy.fail:
+                raise
+            _LOG.warning("%s round %d is not evaluated by clients: %s", self.name, server_round, error)
+            return None
         if outgoing:
             metrics = self.strategy.aggregate_evaluate(server_round, self._replies(outgoing))
-            test = _of_test_split(metrics) if metrics else None
+            if metrics and _asks_for_test_split(outgoing[0]):
+                test = _of_test_split(metrics)
             self._record_phase("evaluate-clients", server_round, metrics, start)
         return test
 
     def _settings(self) -> ConfigRecord:
-        """What every message says besides; real clients tell by it whether what they keep is of this strategy."""
-        return ConfigRecord({messages.STRATEGY: self.name})
+        """What every message says besides, and real clients cannot know: the strategy, and what the partition must be.
+
+        They keep what they keep by strategy.
+        """
+        settings = ConfigRecord({messages.STRATEGY: self.name})
+        if self.config.partition_sha256:
+            settings[messages.PARTITION] = self.config.partition_sha256
+        return settings
 
     def _replies(self, outgoing: Iterable[Message]) -> Iterable[Message]:
-        return self.grid.send_and_receive(outgoing, timeout=self.config.timeout)
+        """In the order of the cohort; Flower's own grids give them as they come.
+
+        A real client that was away does not work through the messages of rounds that are long over.
+        """
+        if isinstance(self.grid, SimulationGrid):
+            return self.grid.send_and_receive(outgoing, timeout=self.config.timeout)
+        outgoing = list(outgoing)
+        for message in outgoing:
+            message.metadata.ttl = self.config.timeout + CLOCKS
+        replies = self.grid.send_and_receive(outgoing, timeout=self.config.timeout)
+        place = {message.metadata.message_id: index for index, message in enumerate(outgoing)}
+        return sorted(replies, key=lambda reply: place.get(reply.metadata.reply_to_message_id, len(place)))
 
     def _record_phase(
         self, phase: str, server_round: int, metrics: MetricRecord | None, start: float, layers: tuple[str, ...] = ()
@@ -147,14 +173,19 @@ class Rounds:
             self.notify(self.name, event)
 
 
+def _asks_for_test_split(message: Message) -> bool:
+    """Else what a client calls so is a metric of its own."""
+    settings = message.content.get(messages.CONFIG)
+    return isinstance(settings, ConfigRecord) and bool(settings.get(messages.TEST_TOO))
+
+
 def _of_test_split(metrics: MetricRecord) -> Event | None:
     """Taken out of the clients' metrics; its time counts there."""
     start = time.perf_counter()
-    if messages.TEST_ACCURACY not in metrics:
+    keys = (messages.TEST_EXAMPLES, messages.TEST_LOSS, messages.TEST_ACCURACY)
+    if not metrics.keys() >= set(keys):
         return None
-    found: dict[str, Any] = {
-        key: metrics.pop(key) for key in (messages.TEST_EXAMPLES, messages.TEST_LOSS, messages.TEST_ACCURACY)
-    }
+    found: dict[str, Any] = {key: metrics.pop(key) for key in keys}
     return {
         "phase": "evaluate-server",
         "metrics": {"loss": found[messages.TEST_LOSS], "accuracy": found[messages.TEST_ACCURACY]},

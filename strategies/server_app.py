@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 import strategies
 from fedwsa import data, models, weights
 from fedwsa.config import Config, from_run_config
+from fedwsa.errors import RunError
 from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import torch_seed
+from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.tracing import span
 from partitions import stored
 from strategies.evaluation import CentralEvaluation
@@ -104,17 +106,18 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
     holdout = strategies.Holdout(model, *dataset.train_tensors(held_out))
     evaluated = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
     evaluate_arrays = CentralEvaluation(models.placed(evaluated, torch.device("cpu")), dataset, grid, config.timeout)
-    for name in config.strategies:
-        strategy_folder = StrategyFolder(folder / name)
-        if strategy_folder.final.exists():
-            continue
-        strategy = strategies.build(name, config, holdout)
+    if config.uses("central") and not isinstance(grid, SimulationGrid):
+        raise RunError("central: no real client has all samples; allowed in a simulation by `fedwsa run`")
+    folders = {name: StrategyFolder(folder / name) for name in config.strategies}
+    left = [name for name, one in folders.items() if not one.final.exists()]
+    # all of them before the first trains: one that cannot be built must not end a run that is half done
+    for name, strategy in {name: strategies.build(name, config, holdout) for name in left}.items():
         if config.measure_every:
             seen = slice(None if config.batch_norm == "aggregate" else 0)  # else losses would be of models nobody uses
             looked_at = strategies.Holdout(evaluate_arrays.model, holdout.images[seen], holdout.labels[seen])
             strategy = Measures(strategy, looked_at, config.measure_every)
         gate = Gate(strategy, min_replies=config.min_replies, fail=config.on_client_failure == "fail")
-        Rounds(name, gate, grid, config, strategy_folder, evaluate_arrays, notify).run(
+        Rounds(name, gate, grid, config, folders[name], evaluate_arrays, notify).run(
             {name: tensor.clone() for name, tensor in initial.items()}
         )
 

@@ -20,17 +20,21 @@ from federations import (
     initial_model,
     tiny,
 )
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import nn
 
 from clients import client_app
 from clients.federation import federation
+from clients.objectives import Objective
 from clients.training import train
 from fedwsa import messages, models
+from fedwsa.arrays import pack
 from fedwsa.data import DataError, digits
 from fedwsa.evaluation import evaluate
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import measure
 from fedwsa.seeding import torch_generator
+from fedwsa.simulation.engine import identify
 
 
 def bits(state) -> str:
@@ -196,15 +200,51 @@ def test_dropout_is_off_in_an_evaluation_and_on_in_the_next_training():
     assert bits(ask(config, start=start)[0]) == bits(first[0])
 
 
+def test_a_client_of_one_sample_trains_on_it():
+    """A validation fraction of 0.6 would be a whole sample."""
+    sizes = {"num_clients": 719, "cohort": 1, "evaluation_cohort": 0, "partitioner": "iid", "min_size": 1}
+    holdings = federation(tiny(**sizes, server_samples=719, validation_fraction=0.6))
+    assert {(len(a), len(b)) for a, b in zip(holdings.training, holdings.validation, strict=True)} == {(1, 0)}
+
+
+class Failing(Objective):
+    """Fails when all else is done, BatchNorm kept included."""
+
+    def finish(self, reply: RecordDict, steps: int) -> None:
+        raise RuntimeError("too late")
+
+
+def test_a_training_that_fails_leaves_what_the_client_keeps_as_it_was():
+    """Flower's SuperNode stores the context of a failed training too."""
+    identify()
+    config = tiny(model="federations:NormNet", batch_norm="local-statistics")
+    arrays, kept = pack(NormNet(*DIGITS).state_dict()), RecordDict({"mine": ConfigRecord({"count": 1})})
+    context = Context(1, 1, {"partition-id": 0, "num-partitions": 6}, kept, config.to_run_config())
+
+    def train_with(objective):
+        entries = {messages.SERVER_ROUND: 1, messages.VERSION: messages.SCHEMA_VERSION, messages.OBJECTIVE: objective}
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord(entries)})
+        client_app.app(Message(content, dst_node_id=1, message_type="train"), context)
+
+    with pytest.raises(RuntimeError, match="too late"):
+        train_with("test_clients:Failing")
+    assert dict(context.state) == {"mine": ConfigRecord({"count": 1})}
+    train_with("fednova")
+    assert set(context.state) == {"mine", "batch-norm"}
+
+
 # ---- the loop against PyTorch's optimiser
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 @pytest.mark.parametrize("mode", [None, "loss", "proximal"])
-def test_training_is_sgd_of_pytorch(momentum, weight_decay, mode):
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_training_is_sgd_of_pytorch(momentum, weight_decay, mode, clip_norm):
+    """The alignment's gradient comes after clipping, as it is added in the optimiser's step."""
     images, labels = samples()
-    config = tiny(local_epochs=3, batch_size=16, learning_rate=0.1, momentum=momentum, weight_decay=weight_decay)
+    changes = {"momentum": momentum, "weight_decay": weight_decay, "clip_norm": clip_norm}
+    config = tiny(local_epochs=3, batch_size=16, learning_rate=0.1, **changes)
     ours, theirs = (models.build("mlp", *DIGITS, seed=0) for _ in range(2))
     alignment = alignment_towards(0.7, ours.state_dict(), strength=3.0, mode=mode) if mode else None
     training = train(ours, images, labels, config, torch_generator(4, "client"), alignment)
@@ -212,7 +252,7 @@ def test_training_is_sgd_of_pytorch(momentum, weight_decay, mode):
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     if alignment:
         WeightScopeRegularizer(theirs.named_parameters(), alignment.target, strength=3.0, mode=mode).attach(optimizer)
-    generator, losses = torch_generator(4, "client"), []
+    generator, losses, norms = torch_generator(4, "client"), [], []
     for _ in range(3):
         order = torch.randperm(50, generator=generator)
         for start in range(0, 50, 16):
@@ -220,9 +260,12 @@ def test_training_is_sgd_of_pytorch(momentum, weight_decay, mode):
             optimizer.zero_grad()
             task_loss = F.cross_entropy(theirs(images[batch]), labels[batch])
             task_loss.backward()
+            if clip_norm:
+                norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm).item())
             optimizer.step()
             losses.append(task_loss.item())
     assert len(losses) == training.steps == 12
+    assert not clip_norm or max(norms) > clip_norm  # it bites
     assert training.loss == pytest.approx(np.mean(losses), rel=1e-6)  # the task's alone
     for name, tensor in theirs.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-7, msg=name)
@@ -489,12 +532,11 @@ def test_client_without_a_place_says_so(kind, node_config, message):
         ask(tiny(), kind=kind, node_config=node_config)
 
 
-def test_network_decides_how_many_clients_there_are():
-    """As many partitions as nodes, whatever the config says; the same as a config that says so."""
-    told, found = tiny(num_clients=4), tiny(num_clients=6)
-    expected = ask(told, 1)
-    state, metrics = ask(found, 1, node_config={"partition-id": 1, "num-partitions": 4})
-    assert (bits(state), metrics) == (bits(expected[0]), expected[1])
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_network_of_another_size_than_the_server_counts_on_is_refused(kind):
+    """SCAFFOLD's and FedDyn's server divide by num-clients."""
+    with pytest.raises(ValueError, match="num-partitions = 4: allowed is the run's num-clients = 6"):
+        ask(tiny(num_clients=6), kind=kind, node_config={"partition-id": 1, "num-partitions": 4})
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])

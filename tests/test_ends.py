@@ -21,7 +21,7 @@ from fedwsa.run_folder import StrategyFolder
 from fedwsa.scope import measure
 from fedwsa.seeding import torch_generator, torch_seed
 from fedwsa.simulation.states import unpack_states
-from strategies import Central, LocalOnly
+from strategies import LocalOnly
 
 State = dict[str, torch.Tensor]
 
@@ -165,15 +165,6 @@ def test_one_client_by_itself_is_all_there_is(tmp_path: Path):
     assert same(unpack(states[0]["batch-norm local-only"]), load_file(tmp_path / "fedavg" / "final.safetensors"))
     ends = [lines(tmp_path / name / "metrics.jsonl")[-1]["metrics"] for name in names]
     assert ends[0] == ends[1] == ends[2]
-
-
-def test_real_clients_are_refused():
-    class Network:
-        def get_node_ids(self) -> list[int]:
-            return [7, 8]
-
-    with pytest.raises(RunError, match="central: no real client has all samples; allowed in a simulation"):
-        Central(1, seed=0).configure_train(1, record({}), ConfigRecord(), Network())
 
 
 # ---- the config

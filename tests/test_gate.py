@@ -133,6 +133,12 @@ def truncated() -> Array:
     return Array(dtype="float32", shape=(2, 2), stype="numpy.ndarray", data=whole.data[:-5])
 
 
+def archive() -> Array:
+    buffer = io.BytesIO()
+    np.savez(buffer, np.ones((2, 2), np.float32))
+    return Array(dtype="float32", shape=(2, 2), stype="numpy.ndarray", data=buffer.getvalue())
+
+
 def claiming_another_shape() -> Array:
     one = Array(np.ones(1, np.float32))
     return Array(dtype="float32", shape=(2, 2), stype="numpy.ndarray", data=one.data)
@@ -187,6 +193,7 @@ OF_ARRAYS: dict[str, tuple[Spoil, str]] = {
     "float counter": (array("steps", np.asarray(9.0)), r"steps: float64 \(\), sent was int64 \(\)"),
     "pickle": (array("w", pickled()), "w: not a readable array .*allow_pickle=False"),
     "cut bytes": (array("w", truncated()), "w: not a readable array"),
+    "archive": (array("w", archive()), r"w: not a readable array \(NpzFile\)"),
     "false shape": (array("w", claiming_another_shape()), r"w: float32 \(1,\), sent was float32 \(2, 2\)"),
     "other serialisation": (array("w", of_a_tensor()), "w: not a readable array"),
     "missing array": (without("arrays", "b"), r"array names differ: \['b'\]"),
