@@ -10,7 +10,7 @@ help:
 	@echo "make setup        .venv with all that fedwsa needs"
 	@echo "make run          the main job: three strategies on non-IID data, a report at the end"
 	@echo "make test         linters, types, import contracts and every test but the slow ones"
-	@echo "make check        the same without the tests that start processes: under a minute"
+	@echo "make check        the same without the tests that start processes: some minutes"
 	@echo "make test-slow    what is longer"
 	@echo "make bench        speed against a bare PyTorch loop and Flower's own simulator"
 	@echo "make system-deps  Debian's package with the 60,000 images of Fashion-MNIST"

@@ -1,5 +1,6 @@
 """The `fedwsa` command."""
 
+import io
 import logging
 import os
 import signal
@@ -41,8 +42,8 @@ Partitioner = Annotated[str | None, typer.Option(help="iid, dirichlet, shards, �
 PartitionFile = Annotated[
     str | None, typer.Option("--partition", metavar="FILE", help="A partition.json, instead of the partitioner.")
 ]
-Alpha = Annotated[str | None, typer.Option(help="Dirichlet α; 0.1,1 runs several.")]
-Seed = Annotated[str | None, typer.Option(help="Seed; 0,1,2 runs several.")]
+Alpha = Annotated[str | None, typer.Option(help="Dirichlet α; for run also several, as 0.1,1.")]
+Seed = Annotated[str | None, typer.Option(help="Seed; for run also several, as 0,1,2.")]
 NumClients = Annotated[int | None, typer.Option(help="How many clients there are.")]
 Out = Annotated[str | None, typer.Option(help="Run folder; otherwise runs/<time>-<name>.")]
 
@@ -133,10 +134,11 @@ def partition(
     settings = _config(config_file, set_, options | NO_PART)
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
-    _picture_format(out)
-    _check_place("--json", json)
+    form = _picture_format(out)
+    _check_place("--json", json, out)
     with uncollected():
         from clients.federation import federation
+        from experiments import figures
         from experiments import partition_view as view
         from fedwsa import files
 
@@ -147,7 +149,7 @@ def partition(
     console.print("", view.heterogeneity_table(counts))
     title = f"{settings.data}: {settings.num_clients} clients, {view.describe(holdings.made_by)}"
     with _written(out):
-        view.write_partition_picture(counts, title, out)
+        files.replace(out, figures.draw_partition(counts, title, form))
     with _written(json):
         files.replace(json, view.partition_json(holdings))
     console.print(f"\npartition: {json}", markup=False, highlight=False, soft_wrap=True)
@@ -168,11 +170,11 @@ def report(
     with uncollected():
         from experiments.report import write_accuracy, write_report
 
-    with _usage(), _written(folder / "report.html"):
+    with _usage():
         path = write_report(folder)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
     if picture is not None:
-        with _usage(), _written(picture):
+        with _usage():
             write_accuracy(folder, picture)
         console.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
@@ -223,7 +225,7 @@ def barrier(
     """
     form = _picture_format(out)
     if json is not None:
-        _check_place("--json", json)
+        _check_place("--json", json, out, a, b)
     for option, value, least in (("--points", points, 3), ("--train-samples", train_samples, 1)):
         if value < least:
             raise UsageError(f"{option} {value}: allowed is a whole number ≥ {least}")
@@ -289,12 +291,17 @@ def _picture_format(picture: Path, option: str = "--out", forms: tuple[str, ...]
     return form
 
 
-def _check_place(option: str, path: Path) -> None:
-    """UsageError unless a file can be there, so that it comes before the work."""
-    if not path.parent.is_dir():
+def _check_place(option: str, path: Path, *taken: Path) -> None:
+    """UsageError unless a file can be there, and none that the command reads or writes too, before the work."""
+    if not os.path.isdir(path.parent):
         raise UsageError(f"{option} {path}: there is no folder {path.parent}; allowed is a file in one that there is")
-    if path.is_dir():
-        raise UsageError(f"{option} {path}: is a folder; allowed is a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: the folder {path.parent} cannot be written to; allowed is one that can")
+    if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced by a file
+        kind = "folder" if os.path.isdir(path) else "device or a pipe"
+        raise UsageError(f"{option} {path}: is a {kind}; allowed is a file")
+    if os.path.realpath(path) in map(os.path.realpath, taken):
+        raise UsageError(f"{option} {path}: is read, or written as another, by this command; allowed is another file")
 
 
 @contextmanager
@@ -319,7 +326,10 @@ def main() -> None:
     """Console script: what a user did wrong is said in a line each, with exit status 2, without a traceback."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
-    sys.path.insert(0, "")  # an import path may name a module in the current folder
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not in UTF-8
+    sys.path.append("")  # an import path may name a module in the current folder; ours and installed ones come first
     try:
         app()
     except UsageError as error:

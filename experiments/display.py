@@ -1,6 +1,7 @@
 """What a user sees while a run goes on: bars in a terminal, one plain line an evaluation elsewhere."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -53,9 +54,9 @@ class Display:
     ) -> None:
         self.progress.stop()
 
-    def begin(self, config: Config) -> None:
-        """Events from now on are of this federation."""
-        split = split_without_alpha(config.to_run_config()) or f"α = {config.alpha[0]:g}"
+    def begin(self, config: Config, made_by: Mapping[str, Any]) -> None:
+        """Events from now on are of this federation, whose partition says `made_by` of itself."""
+        split = split_without_alpha(config.to_run_config(), made_by) or f"α = {config.alpha[0]:g}"
         self.prefix = f"{split}, seed {config.seed[0]}: " if self.several else ""
         for name, task in self.tasks.items():
             self.completed[name] = 0

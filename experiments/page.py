@@ -155,15 +155,16 @@ stronger the colour, the more, on a square-root scale.
 <p>The server holds {{ "{:,}".format(server.samples) }} labelled samples (origin: {{ server.origin }}). No client trains
 on them, whatever the strategy. Of our strategies NP-Merge alone learns from them, its merging coefficients; plain
 FedAvg needs no such data.
+{% set idle = "takes no step in" if run.uses("np-merge") else "is not part of" %}
 {% if np_merge %}
 NP-Merge was therefore given labelled data that the others never saw.
 {% if "barrier" in drawn %}
 The barrier above is a loss on them too, whatever the strategy; no model learns from it.
 {% endif %}
 {% elif "barrier" in drawn %}
-NP-Merge is not part of this run: of ours only the barrier above used them, from which no model learns.
+NP-Merge {{ idle }} this run: of ours only the barrier above used them, from which no model learns.
 {% else %}
-NP-Merge is not part of this run, and no barrier was measured: nothing of ours used them.
+NP-Merge {{ idle }} this run, and no barrier was measured: nothing of ours used them.
 {% endif %}
 </p>
 {% else %}

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from clients.federation import FederatedData
-from experiments import figures
-from fedwsa import files
 from partitions import heterogeneity, stored
 
 MAX_CLIENTS = 40
@@ -90,14 +87,6 @@ def partition_json(holdings: FederatedData) -> bytes:
         "test_samples": len(data.test_labels),
     }
     return json.dumps(summary | content).encode()
-
-
-def write_partition_picture(label_counts: Sequence[Sequence[int]], title: str, path: Path) -> None:
-    """Write clients × classes as `path`, whose suffix (.svg or .png) says the format."""
-    form = path.suffix.lower().removeprefix(".")
-    if form not in ("svg", "png"):
-        raise ValueError(f"a partition is drawn as .svg or .png, got {path.name!r}; choose one of these suffixes")
-    files.replace(path, figures.draw_partition(label_counts, title, form))
 
 
 def _largest(row: "np.ndarray[tuple[int], np.dtype[np.int64]]", shown: int = 4) -> str:

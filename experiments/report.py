@@ -7,10 +7,10 @@ from typing import Any
 
 from experiments import figures, round_figures
 from experiments.page import STYLE, TEMPLATE
-from experiments.results import Run, read_run, split_without_alpha
+from experiments.results import Run, read_run
 from experiments.table import Cells, difference_cells, summary_cells
-from fedwsa import files
 from fedwsa.config import ALIGNED
+from fedwsa.run_folder import write_atomically
 
 PHASES = {"train": "training", "evaluate-clients": "evaluation on clients"}
 
@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
         measure_every=run.config.get("measure-every", 0),
         partitions=_partition_figures(run),
         server=_server_data(run),
-        np_merge=run.uses("np-merge"),
+        np_merge=run.learns_on_server,
         given=_given(run),
         failures=_failures(run),
         command=f"fedwsa run {shlex.quote(str(run_dir / 'config.toml'))}",
@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
         config=(run_dir / "config.toml").read_text(encoding="utf-8"),
     )
     path = run_dir / "report.html"
-    files.replace(path, page.encode())
+    write_atomically(path, page.encode())
     return path
 
 
@@ -60,7 +60,7 @@ def write_accuracy(run_dir: Path, picture: Path) -> None:
     svg = figures.accuracy_figure(read_run(run_dir))
     if svg is None:
         raise ValueError(f"{run_dir}: no evaluation to draw yet")
-    files.replace(picture, svg.encode())
+    write_atomically(picture, svg.encode())
 
 
 def _page_colours(svg: str) -> str:
@@ -74,7 +74,7 @@ def _page_colours(svg: str) -> str:
 def _what_was_run(run: Run) -> str:
     """One sentence from the config."""
     known = {key: run.config.get(key, "?") for key in ("data", "num-clients", "cohort", "rounds", "model")}
-    fixed, partitioner = split_without_alpha(run.config), run.config.get("partitioner", "dirichlet")
+    fixed, partitioner = run.split_without_alpha, run.config.get("partitioner", "dirichlet")
     if fixed is None:
         split = "Dirichlet partition" if partitioner == "dirichlet" else f"partition {partitioner}"
         split += f", α = {_enumerate([f'{alpha:g}' for alpha in run.alphas])}"
@@ -139,7 +139,7 @@ def _given(run: Run) -> Cells:
     def on_server(name: str) -> str:
         if ":" in name:
             return "as its own code decides"
-        learns = name.removesuffix(ALIGNED) == "np-merge"
+        learns = run.learns_on_server and name.removesuffix(ALIGNED) == "np-merge"
         return f"{samples:,}, to learn its merging coefficients" if learns else "none"
 
     rows = tuple((name, on_server(name)) for name in run.strategies)
@@ -147,7 +147,7 @@ def _given(run: Run) -> Cells:
 
 
 def _failures(run: Run) -> Cells | None:
-    """Client replies that were errors or were refused, with the rounds; None if there are none."""
+    """Client replies that did not come, were errors or were refused, with the rounds; None if there are none."""
     rows, total = [], 0
     for federation in run.federations:
         for name, result in federation.results.items():
@@ -160,7 +160,8 @@ def _failures(run: Run) -> Cells | None:
                     where = (name, run.split(federation.alpha), str(federation.seed), words)
                     rows.append((*where, f"{sum(failed.values()):,}", listed))
     header = ("strategy", "split", "seed", "phase", "failed replies", "in rounds")
-    title = f"{total:,} client {'reply was an error or was' if total == 1 else 'replies were errors or were'} refused."
+    what = "reply is missing, was an error or was" if total == 1 else "replies are missing, were errors or were"
+    title = f"{total:,} client {what} refused."
     return Cells(title, header, tuple(rows), "") if rows else None
 
 

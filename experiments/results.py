@@ -6,15 +6,14 @@ Everything that is shown of a run is drawn from these files alone, so that it ca
 import inspect
 import json
 import math
-import re
 import statistics
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedwsa.config import ALIGNED
+from fedwsa.config import ALIGNED, read
+from fedwsa.run_folder import CONFIG, FINAL, METRICS, PARTITION, part_name, sha256
 from partitions import PARTITIONERS
 
 Event = dict[str, Any]
@@ -88,6 +87,11 @@ class Run:
         return any(name.removesuffix(ALIGNED) == strategy for name in self.strategies)
 
     @property
+    def learns_on_server(self) -> bool:
+        """Whether NP-Merge is among them, and takes a step: ours alone learn on the server's samples."""
+        return self.uses("np-merge") and self.config.get("np-merge", {}).get("steps", 1) > 0
+
+    @property
     def alphas(self) -> list[float]:
         """The distinct Dirichlet α, in the config's order."""
         return list(dict.fromkeys(federation.alpha for federation in self.federations))
@@ -97,9 +101,15 @@ class Run:
         """The distinct seeds, in the config's order."""
         return list(dict.fromkeys(federation.seed for federation in self.federations))
 
+    @property
+    def split_without_alpha(self) -> str | None:
+        """See the function of this name."""
+        drawn = next((each.partition for each in self.federations if each.partition), {})
+        return split_without_alpha(self.config, drawn.get("made_by"))
+
     def split(self, alpha: float) -> str:
         """How the data were divided, as a label: "α = 0.1", or what `split_without_alpha` says."""
-        return split_without_alpha(self.config) or f"α = {alpha:g}"
+        return self.split_without_alpha or f"α = {alpha:g}"
 
     def results(self, alpha: float, strategy: str) -> list[StrategyResult]:
         """What the strategy logged at this α, one result a seed."""
@@ -126,12 +136,17 @@ class Difference:
     half_width: float | None
 
 
-def split_without_alpha(config: Mapping[str, Any]) -> str | None:
-    """How the data were divided where α plays no part: "IID", the partitioner's name, the partition's file; or None."""
+def split_without_alpha(config: Mapping[str, Any], made_by: Mapping[str, Any] | None) -> str | None:
+    """How the data were divided where α plays no part: "IID", the partitioner's name, the partition's file; or None.
+
+    made_by: what the partition says of itself; None before it was drawn, when of a user's own partitioner α is named.
+    """
     if file := config.get("partition-file"):
         return Path(file).name
     name = config.get("partitioner", "dirichlet")
-    if name not in PARTITIONERS or "alpha" in inspect.signature(PARTITIONERS[name]).parameters:
+    if made_by is None:
+        made_by = inspect.signature(PARTITIONERS[name]).parameters if name in PARTITIONERS else {"alpha": None}
+    if "alpha" in made_by:
         return None
     return "IID" if name == "iid" else str(name)
 
@@ -155,7 +170,22 @@ def read_lines(path: Path) -> list[Event]:
 
 def read_events(path: Path) -> list[Event]:
     """A strategy's events; of a (round, phase) logged again after a resume, the later line counts."""
-    return list({(event["round"], event["phase"]): event for event in read_lines(path)}.values())
+    events = {}
+    for event in read_lines(path):
+        if not {"round", "phase"} <= event.keys():
+            raise ValueError(f"{path}: {event} is no event: it needs a round and a phase; remove the line")
+        events[event["round"], event["phase"]] = {"metrics": {}, **event}
+    return list(events.values())
+
+
+def read_summaries(path: Path) -> list[Summary]:
+    """The lines of a run's own metrics.jsonl."""
+    names = [field.name for field in fields(Summary)]
+    lines = read_lines(path)
+    for line in lines:
+        if missing := [name for name in names if name not in line]:
+            raise ValueError(f"{path}: a line lacks {', '.join(missing)}: {line}; remove it")
+    return [Summary(**{name: line[name] for name in names}) for line in lines]
 
 
 def server_accuracy(events: Sequence[Event]) -> dict[int, float]:
@@ -192,10 +222,10 @@ def summarize(
     """Sum up what a finished strategy logged under `strategy_dir/metrics.jsonl`."""
     if not 0 < target_accuracy <= 1:
         raise ValueError(f"target accuracy must be in (0, 1], got {target_accuracy!r}; 0.8 means 80 %")
-    events = read_events(strategy_dir / "metrics.jsonl")
+    events = read_events(strategy_dir / METRICS)
     accuracy = server_accuracy(events)
     if not accuracy:
-        raise ValueError(f"{strategy_dir / 'metrics.jsonl'} has no server evaluation; evaluate at least the last round")
+        raise ValueError(f"{strategy_dir / METRICS} has no server evaluation; evaluate at least the last round")
     rounds = max(event["round"] for event in events)
     values = [accuracy[r] for r in sorted(accuracy) if r > 0] or [accuracy[0]]
     distance = math.fsum(scope_distances(events).get(rounds, {"": math.nan}).values())
@@ -218,28 +248,24 @@ def summarize(
 
 def read_run(run_dir: Path) -> Run:
     """Read a run folder, finished or not; a strategy that has not begun has no events and no summary."""
-    config_file = run_dir / "config.toml"
+    config_file = run_dir / CONFIG
     if not config_file.is_file():
-        raise ValueError(f"{run_dir} is not a run folder: it has no config.toml; give the folder that a run wrote")
-    config = tomllib.loads(config_file.read_text(encoding="utf-8"))
-    for key in ("strategies", "alpha", "seed"):
+        raise ValueError(f"{run_dir} is not a run folder: it has no {CONFIG}; give the folder that a run wrote")
+    config = read(config_file)
+    for key in ("strategies", "alpha", "seed", "target-accuracy"):
         if key not in config:
-            raise ValueError(f"{config_file} has no '{key}'; give the complete config.toml that a run wrote")
-    lines = read_lines(run_dir / "metrics.jsonl")
-    summaries = {(s.alpha, s.seed, s.strategy): s for s in (_summary(line) for line in lines)}
+            raise ValueError(f"{config_file} has no '{key}'; give the complete {CONFIG} that a run wrote")
+    summaries = {(s.alpha, s.seed, s.strategy): s for s in read_summaries(run_dir / METRICS)}
     pairs = dict.fromkeys((float(a), int(s)) for a in as_list(config["alpha"]) for s in as_list(config["seed"]))
-    folders = _federation_folders(run_dir) if len(pairs) > 1 else {(f"{a:g}", s): run_dir for a, s in pairs}
     federations = []
     for alpha, seed in pairs:
-        folder = folders.get((f"{alpha:g}", seed))
-        results = {
-            name: StrategyResult(
-                tuple(read_events(folder / name / "metrics.jsonl")) if folder else (),
-                summaries.get((alpha, seed, name)),
-            )
-            for name in as_list(config["strategies"])
-        }
-        federations.append(Federation(alpha, seed, _read_partition(folder), results))
+        folder = run_dir / part_name(alpha, seed) if len(pairs) > 1 else run_dir
+        results = {}
+        for name in as_list(config["strategies"]):
+            summary = _finished(folder / name, alpha, seed, config["target-accuracy"])
+            summary = summary or summaries.get((alpha, seed, name))  # of a folder that was given away without models
+            results[name] = StrategyResult(tuple(read_events(folder / name / METRICS)), summary)
+        federations.append(Federation(alpha, seed, _read_partition(folder / PARTITION), results))
     return Run(str(config.get("name") or run_dir.resolve().name), config, tuple(federations))
 
 
@@ -283,19 +309,27 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _summary(line: Event) -> Summary:
-    names = [field.name for field in fields(Summary)]
-    if missing := [name for name in names if name not in line]:
-        raise ValueError(f"a summary line lacks {', '.join(missing)}: {line}; it was not written by summarize()")
-    return Summary(**{name: line[name] for name in names})
+def _finished(strategy_dir: Path, alpha: float, seed: int, target_accuracy: float) -> Summary | None:
+    final = strategy_dir / FINAL
+    if not final.is_file():
+        return None
+    return summarize(
+        strategy_dir,
+        alpha=alpha,
+        seed=seed,
+        strategy=strategy_dir.name,
+        target_accuracy=target_accuracy,
+        model_sha256=sha256(final),
+    )
 
 
-def _federation_folders(run_dir: Path) -> dict[tuple[str, int], Path]:
-    """(α as folder names have it, to six digits; seed) → folder."""
-    matches = [(re.fullmatch(r"alpha-(.+)_seed-(\d+)", folder.name), folder) for folder in run_dir.iterdir()]
-    return {(f"{float(match[1]):g}", int(match[2])): folder for match, folder in matches if match}
-
-
-def _read_partition(folder: Path | None) -> dict[str, Any] | None:
-    path = folder / "partition.json" if folder else None
-    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+def _read_partition(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or "label_counts" not in content:
+        raise ValueError(f"{path}: not the partition of a run, which has label_counts; remove it")
+    return content

@@ -21,7 +21,7 @@ from experiments import profile as profile_view
 from experiments.display import Display
 from experiments.partition_view import partition_json
 from experiments.report import write_report
-from experiments.results import read_lines, read_run, summarize
+from experiments.results import Run, read_run
 from experiments.table import summary_table
 from fedwsa import config as configuration
 from fedwsa import data, models, tracing, weights
@@ -40,11 +40,12 @@ from fedwsa.run_folder import (
     claim,
     discard_leftovers,
     new_folder,
-    sha256,
+    part_name,
+    remove,
     unusable,
     write_atomically,
 )
-from fedwsa.simulation import open_engine, simulate
+from fedwsa.simulation import Engine, open_engine, simulate
 from strategies.server_app import make_app, pinned
 from strategies.wsa import aligned_with
 
@@ -106,6 +107,7 @@ def check(config: Config) -> None:
         partial(_check_model, config),
         partial(_check_device, config),
         *(partial(federation, one) for one in config.federations()),
+        partial(_check_alpha, config),
         *(partial(_check_strategy, config, name) for name in config.strategies if ":" in name),
     ]
     problems = []
@@ -137,6 +139,14 @@ def _check_model(config: Config) -> None:
             chain_permutations(model.state_dict())
         except ValueError as error:
             raise ValueError(f"np-merge.align = true: {error}; allowed with this model is false") from error
+
+
+def _check_alpha(config: Config) -> None:
+    if len(config.alpha) > 1 and "alpha" not in federation(config.federations()[0]).made_by:
+        raise ValueError(
+            f"alpha = {list(config.alpha)}: with partitioner {config.partitioner!r} it decides nothing; "
+            "allowed is one value"
+        )
 
 
 def _check_device(config: Config) -> None:
@@ -188,7 +198,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Whatever ends the run, the user is told how to go on with it."""
+    """The user is told how to go on with a run that is interrupted, or that a RunError ends."""
     try:
         yield
     except RunError as error:
@@ -207,7 +217,9 @@ def _profiled(folder: Path, console: Console) -> Iterator[None]:
     finally:
         tracing.stop()
     rounds = sum(what == "round" for what, _, _ in processes[profile_view.SERVER])
-    if rounds:
+    if not rounds:
+        console.print("profile: no round was trained, so that there is nothing to show")
+    else:
         console.print(profile_view.table(*profile_view.per_round(processes, rounds)))
         write_atomically(folder / TRACE, profile_view.chrome_trace(processes))
         console.print(f"trace: {folder / TRACE}", markup=False, highlight=False, soft_wrap=True)
@@ -217,14 +229,15 @@ def _run(config: Config, folder: Path, console: Console) -> None:
     console.print(f"run folder: {folder}", markup=False, highlight=False, soft_wrap=True)
     with _resumable(folder):
         if not all(_is_finished(one, _part(config, one, folder)) for one in config.federations()):
+            remove(folder / METRICS)  # of an earlier start; what it says may have been begun anew since
             _train(config, folder, console)
         try:
-            for one in config.federations():
-                _summarize(one, folder, _part(config, one, folder))
+            run = read_run(folder)
+            _write_summaries(run, folder / METRICS)
             report = write_report(folder)
-            table = summary_table(read_run(folder))
+            table = summary_table(run)
         except OSError as error:
-            raise RunError(f"{folder}: the report cannot be written: {error.strerror or error}") from error
+            raise RunError(f"{folder}: cannot be read: {error.strerror or error}") from error
         except ValueError as error:  # of a file that somebody has damaged
             raise RunError(str(error)) from error
     console.print(table)
@@ -236,62 +249,54 @@ def _train(config: Config, folder: Path, console: Console) -> None:
         config.engine,
         workers=config.workers,
         threads_per_client=config.threads_per_client,
-        start_here=True,
+        start_here=not _brings_own_code(config),
         cpus_per_client=config.cpus_per_client,
         gpus_per_client=config.gpus_per_client,
         ray_address=config.ray_address,
     )
     with Display(config, console) as display, engine as opened:
         for one in config.federations():
-            part = _part(config, one, folder)
-            display.begin(one)
-            _write_partition(one, part / PARTITION)
-            for name in one.strategies:
-                if (part / name / FINAL).exists():
-                    display.finished(name)
-            if not _is_finished(one, part):
-                app = make_app(part, display.event)
-                simulate(
-                    app,
-                    client_app,
-                    one.num_clients,
-                    engine=opened,
-                    run_config=one.to_run_config(),
-                    client_sizes=[len(part) for part in federation(one).training],
-                )
-            for name in one.strategies:
-                display.finished(name)
-            _summarize(one, folder, part)
+            with tracing.span("other"):
+                _train_one(one, _part(config, one, folder), display, opened)
+
+
+def _brings_own_code(config: Config) -> bool:
+    """Whether a client runs what is not ours, and could hang or die: not in this process."""
+    parts = (config.model, config.data, config.augmentation, config.optimizer, config.feature_shift)
+    return any(":" in part for part in parts)
+
+
+def _train_one(one: Config, part: Path, display: Display, engine: Engine) -> None:
+    """The strategies of one federation that have no final model yet."""
+    holdings = federation(one)
+    display.begin(one, holdings.made_by)
+    write_atomically(part / PARTITION, partition_json(holdings))
+    for name in one.strategies:
+        if (part / name / FINAL).exists():
+            display.finished(name)
+    if not _is_finished(one, part):
+        simulate(
+            make_app(part, display.event),
+            client_app,
+            one.num_clients,
+            engine=engine,
+            run_config=one.to_run_config(),
+            client_sizes=[len(part) for part in holdings.training],
+        )
+    for name in one.strategies:
+        display.finished(name)
 
 
 def _part(config: Config, one: Config, folder: Path) -> Path:
     """Where one of the config's federations is."""
-    return folder if len(config.federations()) == 1 else folder / f"alpha-{one.alpha[0]:g}_seed-{one.seed[0]}"
+    return folder if len(config.federations()) == 1 else folder / part_name(one.alpha[0], one.seed[0])
 
 
 def _is_finished(one: Config, part: Path) -> bool:
     return all((part / name / FINAL).exists() for name in one.strategies)
 
 
-def _write_partition(config: Config, path: Path) -> None:
-    write_atomically(path, partition_json(federation(config)))
-
-
-def _summarize(config: Config, folder: Path, part: Path) -> None:
-    """A line in the run's metrics.jsonl for each strategy that has none yet."""
-    path = folder / METRICS
-    lines = read_lines(path)
-    there = {(line["alpha"], line["seed"], line["strategy"]) for line in lines}
-    missing = [name for name in config.strategies if (config.alpha[0], config.seed[0], name) not in there]
-    for name in missing:
-        summary = summarize(
-            part / name,
-            alpha=config.alpha[0],
-            seed=config.seed[0],
-            strategy=name,
-            target_accuracy=config.target_accuracy,
-            model_sha256=sha256(part / name / FINAL),
-        )
-        lines.append(asdict(summary))
-    if missing:
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+def _write_summaries(run: Run, path: Path) -> None:
+    """The run's metrics.jsonl: a line for each (α, seed, strategy)."""
+    found = [result.summary for each in run.federations for result in each.results.values()]
+    write_atomically(path, "".join(json.dumps(asdict(each)) + "\n" for each in found if each).encode())

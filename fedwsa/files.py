@@ -17,8 +17,10 @@ def replace(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write what shall be at `path`: a temporary one beside it, synced, then renamed over it.
 
-    Raises OSError (a full disk, no permission); then, as where the block raises, `path` is what it was before.
+    Where `path` is a link, over what it leads to. Raises OSError (a full disk, no permission); then, as where the block
+    raises, `path` is what it was before.
     """
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

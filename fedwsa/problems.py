@@ -34,7 +34,8 @@ def problems(error: ValidationError, model: type[BaseModel], wrong: Collection[s
         if problem["type"] == "extra_forbidden":
             lines.append(_unknown(key, problem["input"], schemas))
         else:
-            lines.append(f"{key} = {shown(problem['input'])}: allowed is {_allowed(schemas[key])}")
+            text = "text in quotes, " if problem["type"] == "string_type" and "description" in schemas[key] else ""
+            lines.append(f"{key} = {shown(problem['input'])}: allowed is {text}{_allowed(schemas[key])}")
     return lines, keys
 
 

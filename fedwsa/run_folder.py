@@ -1,5 +1,7 @@
 """What a run leaves behind: events as they happen, checkpoints and models, each written whole or not at all."""
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json
@@ -9,15 +11,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
 
 from fedwsa import files
-from fedwsa.config import Config
 from fedwsa.errors import RunError, UsageError
+
+if TYPE_CHECKING:  # a report is drawn without PyTorch
+    from torch import Tensor
+
+    from fedwsa.config import Config
 
 KEEP = 2  # checkpoints of a strategy
 
@@ -44,10 +48,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise _unwritable(path, error) from error
 
 
+def remove(path: Path) -> None:
+    """Unlink a file, if it is there; RunFolderError instead of OSError."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be removed: {error.strerror or error}") from error
+
+
 def discard_leftovers(folder: Path) -> None:
     """Remove what processes that were killed in `write_atomically` left; for the one that has claimed the folder."""
     for temporary in folder.rglob(".*.tmp"):
-        temporary.unlink()
+        remove(temporary)
+
+
+def part_name(alpha: float, seed: int) -> str:
+    """The folder of one federation in a run of several: α to six digits."""
+    return f"alpha-{alpha:g}_seed-{seed}"
 
 
 def new_folder(config: Config) -> Path:
@@ -59,9 +76,13 @@ def new_folder(config: Config) -> Path:
         return Path(config.out_dir)
     first = folder = Path(config.runs_dir, f"{time.strftime('%Y%m%d-%H%M%S')}-{config.name}")
     number = 1
+    try:
+        first.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unusable(first.parent, error) from error
     while True:
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:  # of a run that started in the same second
             number += 1
@@ -82,9 +103,12 @@ def claim(folder: Path) -> Callable[[], None]:
         raise unusable(folder, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise FolderInUseError(f"{folder}: in use by another run; wait for it or choose another folder") from None
+    except OSError as error:  # a file system without locks
+        file.close()
+        raise unusable(folder, error) from error
     return file.close
 
 
@@ -135,9 +159,9 @@ class StrategyFolder:
         tensors |= {f"strategy/{name}": tensor for name, tensor in state.items()}
         tensors |= {f"client/{name}": tensor for name, tensor in (client_states or {}).items()}
         path = self.checkpoints / f"round-{server_round:06d}.safetensors"
-        write_atomically(path, save(_own_memory(tensors), {"checkpoint": json.dumps(header)}))
+        write_atomically(path, _saved(tensors, {"checkpoint": json.dumps(header)}))
         for old in sorted(self.checkpoints.glob("round-*.safetensors"))[:-KEEP]:
-            old.unlink()
+            remove(old)
 
     def resume(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, with metrics.jsonl cut back to its moment; None: start anew.
@@ -157,14 +181,14 @@ class StrategyFolder:
                 _LOG.warning("%s: passed over, since it is damaged (%s)", path, error)
         if paths:
             raise RunFolderError(f"{self.checkpoints}: no checkpoint is whole; delete {self.path} to begin it anew")
-        self.metrics.unlink(missing_ok=True)
+        remove(self.metrics)
         return None
 
     def save_final(self, model: Mapping[str, Tensor]) -> None:
         """The model after the last round."""
         if self.metrics.exists():
             self._sync_metrics()
-        write_atomically(self.final, save(_own_memory(model)))
+        write_atomically(self.final, _saved(model))
 
     def _sync_metrics(self) -> int:
         """Bytes of metrics.jsonl, all of them on the disk now: a checkpoint must not outlive what it counts on."""
@@ -191,9 +215,11 @@ def unusable(folder: Path, error: OSError) -> UsageError:
     return UsageError(f"{folder}: cannot be used as a run folder: {error.strerror or error}")
 
 
-def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors refuses tensors that share memory."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _saved(tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) -> bytes:
+    from safetensors.torch import save
+
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return save(own, header)  # it refuses tensors that share memory
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

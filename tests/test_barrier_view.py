@@ -4,6 +4,7 @@ import json
 import re
 from io import StringIO
 
+import numpy as np
 import pytest
 import torch
 from federations import DIGITS
@@ -11,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import nn
 
-from experiments.barrier_view import barrier_cells, compare, draw_curves, to_json
+from experiments.barrier_view import _part, barrier_cells, compare, draw_curves, to_json
 from experiments.table import rich_table
 from fedwsa import data, models
 from fedwsa.config import Config
@@ -85,6 +86,13 @@ def test_training_samples_are_drawn_evenly_by_the_seed_or_are_all(tmp_path):
     model.load_state_dict(a)
     everything = evaluate(model, *digits.train_tensors(torch.arange(len(digits.train_labels)).numpy()))
     assert (curves[3].losses[0], curves[3].accuracies[0]) == pytest.approx(everything)
+
+
+def test_each_class_is_drawn_by_its_share():
+    labels = data.load("digits").train_labels
+    shares = np.bincount(labels) / len(labels)
+    for seed in range(3):
+        assert np.abs(np.bincount(labels[_part(labels, 200, seed)]) - 200 * shares).max() <= 1
 
 
 def test_alignment_undoes_a_permutation(tmp_path):

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -17,7 +19,8 @@ from helpers import require_fashion_mnist
 from rich.console import Console
 
 from clients.federation import federation
-from experiments import cli, display
+from experiments import cli, display, run
+from experiments.results import read_run
 from fedwsa import config, files
 from fedwsa.config import Config
 from fedwsa.data import fashion_mnist
@@ -33,6 +36,7 @@ SMALL = (
     "--rounds=2",
 )
 STRATEGIES = ("fedavg", "fedavg-wsa", "np-merge")
+BY_ALPHA = {"partitioner": "dirichlet", "alpha": 0.1, "seed": 0}  # what a partition says of itself
 
 
 @dataclass
@@ -244,6 +248,14 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         r"data-dir = x: there is no such .*",
     ),
     "strength of no shift": (("run", "--set=shift-strength=0.5"), r"shift-strength = 0.5: without a feature-shift .*"),
+    "alphas of a split without": (
+        ("run", "--partitioner=iid", "--alpha=0.1,1"),
+        r"alpha = \[0\.1, 1\.0\]: with partitioner 'iid' it decides nothing; allowed is one value",
+    ),
+    "device": (("partition", "--json=/dev/null"), r"--json /dev/null: is a device or a pipe; allowed is a file"),
+    "json over picture": (("partition", "--out=a.svg", "--json=./a.svg"), r"--json a\.svg: is read, or written as .*"),
+    "json over model": (("barrier", "a", "b", "--json=b"), r"--json b: is read, or written as another, by this .*"),
+    "number as name": (("run", "--set=name=2026"), r"name = 2026: allowed is text in quotes, up to 80 letters, .*"),
     "wrong type": (("run", "--set=rounds=1.5"), r"rounds = 1.5: allowed is a whole number ≥ 1"),
     "impossible value": (("run", "--alpha=nan"), r"alpha = NaN: allowed is a finite number > 0, or a list of such, .*"),
     "no value": (("run", "--set=rounds"), r"--set rounds: allowed is key=value"),
@@ -507,6 +519,8 @@ def test_run_that_stops_at_any_write_is_resumed(
         outcome = fedwsa("run", *SMALL, "--out=mine")
     assert outcome.status == 130
     assert said(outcome) == ["interrupted; go on with: fedwsa run --resume mine"]
+    found = read_run(tmp_path / "mine").federations[0].results
+    assert {name for name in STRATEGIES if found[name].summary} == models(tmp_path / "mine").keys()
     assert len(models(tmp_path / "mine")) == (writes - 2) // 3
     assert not (tmp_path / "mine/metrics.jsonl").exists()
     resumed = fedwsa("run", "--resume=mine")
@@ -552,6 +566,70 @@ def test_metrics_that_are_damaged_before_resume(fedwsa: Command, tmp_path: Path)
     assert line.startswith("mine/metrics.jsonl, line 1 is not a JSON object: b'{'; remove the line or run again; once ")
 
 
+def test_what_a_strategy_that_is_begun_anew_had_reached_is_forgotten(fedwsa: Command, tmp_path: Path) -> None:
+    assert fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine").status == 0
+    summaries, before = tmp_path / "mine/metrics.jsonl", models(tmp_path / "mine")
+    first = json.loads(summaries.read_text())
+    summaries.write_text(json.dumps({**first, "final_accuracy": 0.999}) + "\n")
+    shutil.rmtree(tmp_path / "mine/fedavg")
+    assert fedwsa("run", "--resume=mine").status == 0
+    assert models(tmp_path / "mine") == before
+    assert json.loads(summaries.read_text())["final_accuracy"] == first["final_accuracy"] != 0.999
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said_of_it"),
+    [
+        (
+            "fedavg/metrics.jsonl",
+            b"{}\n",
+            r"mine/fedavg/metrics\.jsonl: \{\} is no event: it needs a round and a phase; .*",
+        ),
+        ("metrics.jsonl", b"{}\n", r"mine/metrics\.jsonl: a line lacks alpha, .*: \{\}; remove it"),
+        (
+            "partition.json",
+            b"[",
+            r"mine/partition\.json: not the partition of a run, which has label_counts; remove it",
+        ),
+        ("partition.json", b"{}", r"mine/partition\.json: not the partition of a run, .*"),
+        ("config.toml", b"x = [", r"mine/config\.toml: not valid TOML: .*"),
+        ("config.toml", b"\xff", r"mine/config\.toml: not a text file in UTF-8: .*"),
+    ],
+)
+def test_damage_is_said_of_its_file(
+    fedwsa: Command, tmp_path: Path, file: str, content: bytes, said_of_it: str
+) -> None:
+    assert fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine").status == 0
+    (tmp_path / "mine" / file).write_bytes(content)
+    outcome = fedwsa("report", "mine")
+    assert outcome.status == 2
+    (line,) = said(outcome)
+    assert re.fullmatch(said_of_it, line), line
+    if file == "fedavg/metrics.jsonl":  # found when the training is done
+        (tmp_path / "mine/fedavg/final.safetensors").unlink()
+        shutil.rmtree(tmp_path / "mine/fedavg/checkpoints")
+        (tmp_path / "mine" / file).write_bytes(b"")
+        assert fedwsa("run", "--resume=mine").status == 0
+
+
+@pytest.mark.process
+def test_folders_of_our_names_and_a_terminal_without_unicode(tmp_path: Path) -> None:
+    for name in ("partitions", "strategies", "clients", "fedwsa", "experiments"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "strategies.py").write_text("raise ImportError('somebody else')")
+    command = [Path(sys.executable).parent / "fedwsa", "partition", "--json=partitions/mine.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=100, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"Jensen?Shannon" in done.stdout
+    assert (tmp_path / "partitions/mine.json").exists()
+
+
+@pytest.mark.parametrize(("values", "own"), [({}, False), ({"model": "my:net"}, True), ({"strategies": "my:s"}, False)])
+def test_clients_with_a_users_own_code_do_not_run_beside_the_server(values: dict[str, str], own: bool) -> None:
+    assert run._brings_own_code(config.parse(values)) == own
+
+
 @pytest.mark.usefixtures("with_report")
 def test_full_disk_at_the_report(fedwsa: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace = files.replace
@@ -566,7 +644,7 @@ def test_full_disk_at_the_report(fedwsa: Command, tmp_path: Path, monkeypatch: p
         outcome = fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine")
         (line,) = said(outcome)
         assert outcome.status == 1
-        assert line.startswith("mine: the report cannot be written: No space left on device; once this is mended, ")
+        assert line.startswith("mine/report.html: cannot be written: No space left on device; once this is mended, ")
         again = fedwsa("report", "mine")
         assert again.status == 1
         assert said(again) == ["mine/report.html: cannot be written: No space left on device"]
@@ -712,7 +790,7 @@ def lines_of(shown: display.Display, clock: Clock, rounds: range, *, strategy: s
 def test_time_left(clock: Clock) -> None:
     """By the mean of the rounds so far, less the first one; over all strategies."""
     shown = display.Display(config.parse({"strategies": "fedavg,np-merge", "rounds": 4}), Console(width=80))
-    shown.begin(Config())
+    shown.begin(Config(), BY_ALPHA)
     assert lines_of(shown, clock, range(1, 2), strategy="fedavg", seconds=500) == [
         "fedavg round 1/4 accuracy 87.6% ETA –"
     ]
@@ -732,7 +810,7 @@ def test_time_left(clock: Clock) -> None:
 
 def test_time_left_of_a_long_run(clock: Clock) -> None:
     shown = display.Display(config.parse({"strategies": "fedavg", "rounds": 302}), Console(width=80))
-    shown.begin(Config())
+    shown.begin(Config(), BY_ALPHA)
     assert lines_of(shown, clock, range(1, 3), strategy="fedavg", seconds=60)[-1].endswith("ETA 5:00 h")
     clock.now += 3600
     assert shown.remaining() == "4:00 h"  # also between two rounds
@@ -744,29 +822,29 @@ def test_time_left_after_resume(clock: Clock) -> None:
     """Rounds of an earlier start took no time of this one."""
     settings = config.parse({"strategies": "fedavg,np-merge", "rounds": 100, "seed": [3, 4]})
     shown = display.Display(settings, Console(width=80))
-    shown.begin(settings.federations()[0])
+    shown.begin(settings.federations()[0], BY_ALPHA)
     shown.finished("fedavg")
     assert lines_of(shown, clock, range(91, 93), strategy="np-merge", seconds=2) == [
         "α = 0.1, seed 3: np-merge round 91/100 accuracy 87.6% ETA –",
         "α = 0.1, seed 3: np-merge round 92/100 accuracy 87.6% ETA 6:56 min",  # 208 rounds
     ]
-    shown.begin(settings.federations()[1])
+    shown.begin(settings.federations()[1], BY_ALPHA)
     assert lines_of(shown, clock, range(1, 2), strategy="fedavg", seconds=2) == [
         "α = 0.1, seed 4: fedavg round 1/100 accuracy 87.6% ETA 6:54 min"
     ]
 
 
-@pytest.mark.parametrize(("split", "name"), [("label_skew", "label_skew"), ("iid", "IID")])
+@pytest.mark.parametrize(("split", "name"), [("label_skew", "label_skew"), ("iid", "IID"), ("my:split", "my:split")])
 def test_lines_of_several_seeds_name_a_split_without_alpha(split: str, name: str, clock: Clock) -> None:
     settings = config.parse({"strategies": "fedavg", "partitioner": split, "seed": [3, 4]})
     shown = display.Display(settings, Console(width=80))
-    shown.begin(settings.federations()[1])
+    shown.begin(settings.federations()[1], {"partitioner": split, "seed": 4})
     assert lines_of(shown, clock, range(1, 2), strategy="fedavg", seconds=2)[0].startswith(f"{name}, seed 4: fedavg ")
 
 
 def test_clients_that_were_left_out_are_named(clock: Clock) -> None:
     shown = display.Display(config.parse({"rounds": 2}), Console(width=40))
-    shown.begin(Config())
+    shown.begin(Config(), BY_ALPHA)
     failure = "node 1003: error 2: ValueError: [oops] and what makes it longer than the width"
     with shown.console.capture() as captured:
         shown.event("fedavg", {"round": 1, "phase": "train", "metrics": {}, "failures": [failure]})

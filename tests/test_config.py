@@ -196,6 +196,19 @@ def test_wrong_value(key: str, value: Any, line: str | None) -> None:
             {"initial-model-sha256": "0" * 64},
             "initial-model-sha256: without an initial-model it means nothing; allowed is empty",
         ),
+        ({"min-replies": 11}, "min-replies = 11: allowed is at most cohort = 10"),
+        (
+            {"engine": "inprocess", "gpus-per-client": 0.5},
+            'gpus-per-client: with engine = "inprocess" it means nothing; allowed is engine = "ray"',
+        ),
+        (
+            {"engine": "inprocess", "ray-address": "auto"},
+            'ray-address: with engine = "inprocess" it means nothing; allowed is engine = "ray"',
+        ),
+        (
+            {"partition-sha256": "0" * 64},
+            "partition-sha256: without a partition-file it means nothing; allowed is empty",
+        ),
         (
             {"shift-strength": 0.5},
             "shift-strength = 0.5: without a feature-shift it means nothing; allowed is 0.1",

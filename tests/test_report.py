@@ -59,7 +59,7 @@ def fake_run(
         for seed in seeds:
             several = len(alphas) * len(seeds) > 1
             _fake_federation(
-                folder / f"alpha-{alpha}_seed-{seed}" if several else folder,
+                folder / f"alpha-{alpha:g}_seed-{seed}" if several else folder,
                 (alpha, seed),
                 config,
                 layers,
@@ -325,7 +325,7 @@ def test_the_servers_samples_are_accounted_for(one: Path, tmp_path: Path) -> Non
 
 def test_failures_are_listed(tmp_path: Path) -> None:
     page = page_of(fake_run(tmp_path / "run", strategies=("fedavg",), rounds=6, failures={2: 1, 5: 2}))
-    assert "6 client replies were errors or were refused." in page.of("p")
+    assert "6 client replies are missing, were errors or were refused." in page.of("p")
     cells = page.of("td")
     assert [cells[i + 1 : i + 3] for i, cell in enumerate(cells) if cell == "training"] == [["3", "2, 5"]]
     assert [cells[i + 1 : i + 3] for i, cell in enumerate(cells) if cell == "evaluation on clients"] == [["3", "2, 5"]]
@@ -452,14 +452,13 @@ def test_counts_of_another_shape_are_refused(counts: Any) -> None:
         partition_figure(counts, "none")
 
 
-def test_a_report_takes_less_than_three_seconds_and_no_torch(one: Path) -> None:
+@pytest.mark.process
+def test_a_report_needs_no_torch(one: Path) -> None:
     code = (
         "import sys, pathlib, experiments.report as report\n"
         "assert 'matplotlib' not in sys.modules\n"
         "report.write_report(pathlib.Path(sys.argv[1]))\n"
         "assert not {'torch', 'flwr', 'ray', 'matplotlib.pyplot'} & set(sys.modules)\n"
-        "import time; print(time.process_time())\n"
     )
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, str(one)], cwd=root, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 3
+    subprocess.run([sys.executable, "-c", code, str(one)], cwd=root, check=True, timeout=100)

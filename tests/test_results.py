@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.partition_view import partition_table, write_partition_picture
+from experiments.figures import draw_partition
+from experiments.partition_view import partition_table
 from experiments.results import (
     Summary,
     mean_interval,
@@ -208,7 +209,7 @@ def test_a_summary_survives_the_file(tmp_path: Path) -> None:
 
 def test_federations_are_found_by_their_numbers_and_kept_in_the_order_of_the_config(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [], ["fedavg"], "[1, 0.1]", "[3, 0]")
-    for alpha, seed in (("0.1", 0), ("1", 3), ("1.0", 0)):
+    for alpha, seed in (("0.1", 0), ("1", 3), ("1", 0)):
         write_lines(folder / f"alpha-{alpha}_seed-{seed}" / "fedavg" / "metrics.jsonl", [evaluation(0, float(alpha))])
     run = read_run(folder)
     assert [(f.alpha, f.seed) for f in run.federations] == [(1.0, 3), (1.0, 0), (0.1, 3), (0.1, 0)]
@@ -225,6 +226,25 @@ def test_an_alpha_of_many_digits_is_found_by_its_folders_shorter_name(tmp_path: 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config\.toml"):
         read_run(tmp_path)
+
+
+def test_of_a_users_own_partitioner_the_partition_says_whether_alpha_counts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [], ["fedavg"], "0.1", "0")
+    with (folder / "config.toml").open("a") as file:
+        file.write('\npartitioner = "my:split"')
+    assert read_run(folder).split(0.1) == "α = 0.1"  # it is not known yet
+    for options, label in (({"beta": 0.5}, "my:split"), ({"alpha": 0.1}, "α = 0.1")):
+        made_by = {"partitioner": "my:split", **options}
+        (folder / "partition.json").write_text(json.dumps({"label_counts": [[1]], "made_by": made_by}))
+        assert read_run(folder).split(0.1) == label
+
+
+@pytest.mark.parametrize("config", ["", "[np-merge]\nsteps = 0", "[np-merge]\nsteps = 3"])
+def test_np_merge_learns_where_it_takes_a_step(config: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [], ["fedavg", "np-merge"], "0.1", "0")
+    with (folder / "config.toml").open("a") as file:
+        file.write("\n" + config)
+    assert read_run(folder).learns_on_server == ("= 0" not in config)
 
 
 # ---- intervals
@@ -390,15 +410,8 @@ def test_beyond_40_clients_and_ten_classes_what_is_left_out_is_said() -> None:
     assert "60 are left out" in " ".join(text.split())
 
 
-@pytest.mark.parametrize(("suffix", "magic"), [(".svg", b"<svg "), (".png", b"\x89PNG")])
-def test_a_partition_picture_is_the_same_bytes_each_time(suffix: str, magic: bytes, tmp_path: Path) -> None:
-    first, second = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
-    for path in (first, second):
-        write_partition_picture([[5, 0], [1, 9]], "α = 0.1", path)
-    assert first.read_bytes().startswith(magic)
-    assert first.read_bytes() == second.read_bytes()
-
-
-def test_another_suffix_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\.svg or \.png"):
-        write_partition_picture([[1]], "t", tmp_path / "p.pdf")
+@pytest.mark.parametrize(("form", "magic"), [("svg", b"<svg "), ("png", b"\x89PNG")])
+def test_a_partition_picture_is_the_same_bytes_each_time(form: str, magic: bytes) -> None:
+    first, second = (draw_partition([[5, 0], [1, 9]], "α = 0.1", form) for _ in range(2))
+    assert first.startswith(magic)
+    assert first == second

@@ -172,10 +172,40 @@ def test_new_folder_by_name(tmp_path: Path) -> None:
 
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"file/\d.*: cannot be used as a run folder: Not a directory"):
+    with pytest.raises(UsageError, match="file: cannot be used as a run folder: File exists"):
         new_folder(Config(runs_dir=str(tmp_path / "file")))
     with pytest.raises(UsageError, match="file: cannot be used as a run folder: File exists"):
         claim(tmp_path / "file")
+
+
+def test_runs_that_are_a_link_to_nowhere(tmp_path: Path) -> None:
+    """A disk that is not mounted."""
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted" / "runs")
+    with pytest.raises(UsageError, match="runs: cannot be used as a run folder: File exists"):
+        new_folder(Config(runs_dir=str(tmp_path / "runs")))
+
+
+def test_a_disk_without_locks_is_not_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UsageError, match="cannot be used as a run folder: No locks available") as caught:
+        claim(tmp_path)
+    assert not isinstance(caught.value, FolderInUseError)
+
+
+def test_what_cannot_be_removed_is_said(tmp_path: Path) -> None:
+    (tmp_path / ".a.1.tmp").mkdir()
+    with pytest.raises(RunFolderError, match=r"\.a\.1\.tmp: cannot be removed: Is a directory"):
+        discard_leftovers(tmp_path)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_atomically(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"content"
 
 
 def _try_to_claim(folder: Path) -> None:

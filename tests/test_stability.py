@@ -9,7 +9,7 @@ from test_granularity import model_of, parts, penalty_of, target_for
 from torch import nn
 
 from fedwsa.divergence import DIVERGENCES
-from fedwsa.regularizer import SAFE, WeightScopeRegularizer
+from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope, measure
 from fedwsa.stability import Descent, stable_strength, warning
 
@@ -191,8 +191,7 @@ def test_relative_strength_is_capped_by_the_bound():
         regularizer = WeightScopeRegularizer(model.named_parameters(), target, reduction="mean")
         regularizer.fix_strength(1.0, 0.1, 0.9)
         bound = stable_strength(target, sizes_of(model), Descent(0.1, 0.9), reduction="mean")
-        assert regularizer.strength == pytest.approx(SAFE * bound, rel=1e-12)
-        assert 0 < SAFE < 1
+        assert regularizer.strength == pytest.approx(bound / 2, rel=1e-12)
 
 
 def test_frozen_layers_count_on_neither_side():
@@ -217,7 +216,7 @@ def test_a_frozen_layer_bounds_nothing(caplog):
         regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
     assert caplog.text == ""
     regularizer.fix_strength(1e9, 0.1)
-    assert regularizer.strength == pytest.approx(SAFE * stable_strength(target, {"2.weight": 150}, Descent(0.1)))
+    assert regularizer.strength == pytest.approx(0.5 * stable_strength(target, {"2.weight": 150}, Descent(0.1)))
 
 
 def test_degenerate_layers_do_not_count():
