@@ -83,6 +83,10 @@ of them to the highest.{% endif %}
 <p>{{ result.title }}</p>
 {{ table(result, "numbers") }}
 <p class="note">{{ result.note }}</p>
+{% if details and details.rows %}
+{{ table(details) }}
+<p class="note">{{ details.note }}</p>
+{% endif %}
 
 {% if differences %}
 <h2>Paired differences</h2>

@@ -8,7 +8,7 @@ from typing import Any
 from experiments import figures, round_figures
 from experiments.page import STYLE, TEMPLATE
 from experiments.results import Run, read_run
-from experiments.table import Cells, difference_cells, summary_cells
+from experiments.table import Cells, detail_cells, difference_cells, summary_cells
 from fedwsa.config import ALIGNED
 from fedwsa.run_folder import write_atomically
 
@@ -33,6 +33,7 @@ def write_report(run_dir: Path) -> Path:
         what=_what_was_run(run),
         unfinished=_unfinished(run),
         result=summary_cells(run),
+        details=detail_cells(run),
         differences=difference_cells(run),
         accuracy=figures.accuracy_figure(run),
         scope=figures.scope_figure(run),

@@ -142,6 +142,38 @@ def _many_federations(run: Run) -> Cells:
     )
 
 
+def detail_cells(run: Run) -> Cells | None:
+    """What else is said of one federation, for several: a row a strategy and α, means over seeds; None for one."""
+    if len(run.federations) == 1:
+        return None
+    rows = []
+    for name in run.strategies:
+        for alpha in run.alphas:
+            if found := run.summaries(name, alpha):
+                last5 = _plus_minus(*mean_interval([s.last5_accuracy for s in found]), len(found), len(run.seeds))
+                distances = [s.scope_distance for s in found if s.scope_distance is not None]
+                distance = f"{mean_interval(distances)[0]:.3g}" if distances else NONE
+                rows.append((name, run.split(alpha), last5, _rounds_cell(found), distance))
+    target = run.config["target-accuracy"]
+    return Cells(
+        "",
+        ("strategy", "split", "mean of last five (%)", f"rounds to {100 * target:g} %", "scope distance (nats)"),
+        tuple(rows),
+        "Means over seeds, that of the last five with the half width of its interval. Rounds to the target: over the "
+        "seeds that reached it. Scope distance: last round, summed over layers, over the seeds that have one.",
+    )
+
+
+def _rounds_cell(found: Sequence[Summary]) -> str:
+    reached = [float(s.rounds_to_target) for s in found if s.rounds_to_target is not None]
+    if not reached:
+        return NONE
+    mean, _ = mean_interval(reached)
+    return f"{mean:.{int(len(found) > 1)}f}" + (
+        f" ({len(reached)} of {len(found)})" if len(reached) < len(found) else ""
+    )
+
+
 def _accuracy_cell(run: Run, strategy: str, alpha: float) -> str:
     """Final accuracy over the finished seeds, and how many of them have diverged."""
     finished = [result for result in run.results(alpha, strategy) if result.summary]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable
 from functools import partial
 from logging import WARNING
-from typing import Self
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -23,7 +23,6 @@ from fedwsa.simulation.sending import Replies
 from fedwsa.stability import Descent, warning
 from strategies.aggregation import ScopeStatistics, Weigh, weight_of
 from strategies.fedavg import FedAvg
-from strategies.holdout import Holdout
 from strategies.scoped import ClientScopes, ScopedFold, stripped
 from strategies.wrapper import Wrapper
 
@@ -111,15 +110,15 @@ class WeightScopeAlignment(Wrapper):
         self.target = target if isinstance(target, WeightScope) else None
         self._beyond = False  # the bound, in the round before
 
-    @classmethod
-    def around(cls, strategy: Strategy, config: Config, model: nn.Module) -> Self:
+    @staticmethod
+    def around(strategy: Strategy, config: Config, model: nn.Module) -> "WeightScopeAlignment":
         """Any strategy, with what a run's config says of WSA; model: of the architecture, its weights are not read.
 
         Raises ValueError where `wsa.layers` or the target does not go with the model.
         """
         wsa = config.wsa
         layers, target = aligned_with(model, config)
-        return cls(
+        return WeightScopeAlignment(
             strategy,
             strength=wsa.strength,
             mode=wsa.mode,
@@ -261,12 +260,15 @@ class WeightScopeAlignment(Wrapper):
 
 
 class FedAvgWSA(WeightScopeAlignment):
-    """The common pair: FedAvg with weight scope alignment."""
+    """The common pair: FedAvg with weight scope alignment.
 
-    @classmethod
-    def from_config(cls, config: Config, holdout: Holdout) -> "FedAvgWSA":
-        """As a run's config says; the server's held-out samples are not used."""
-        return cls.around(FedAvg.from_config(config, holdout), config, holdout.model)
+    cohort, seed, evaluation_cohort, timeout: of `FedAvg`; alignment: of `WeightScopeAlignment`, by keyword.
+    """
+
+    def __init__(
+        self, cohort: int, *, seed: int, evaluation_cohort: int = 0, timeout: float = 600.0, **alignment: Any
+    ) -> None:
+        super().__init__(FedAvg(cohort, seed=seed, evaluation_cohort=evaluation_cohort, timeout=timeout), **alignment)
 
 
 def aligned_with(model: nn.Module, config: Config) -> tuple[list[str], str | WeightScope]:

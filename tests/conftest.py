@@ -8,8 +8,12 @@ os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 
 import logging
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("fedwsa", deadline=None)  # how long an example takes is the machine's affair
+hypothesis.settings.load_profile("fedwsa")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -111,7 +111,7 @@ def test_what_is_no_chain_is_refused_with_the_remedy(shapes, reason):
 
 
 @networks
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=seeds)
 def test_the_aligned_network_computes_the_same_function(build, outputs, shape, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +133,7 @@ def test_a_permuted_network_is_recovered_bit_for_bit(build, outputs, shape, seed
 
 
 @networks
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=seeds, max_sweeps=integers(0, 3))
 def test_the_distance_never_grows(build, outputs, shape, seed, max_sweeps):
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +143,7 @@ def test_the_distance_never_grows(build, outputs, shape, seed, max_sweeps):
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(distances))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=seeds, units=integers(1, 5), bias=booleans())
 def test_one_hidden_layer_gets_the_best_of_all_permutations(seed, units, bias):
     generator = torch.Generator().manual_seed(seed)
@@ -159,7 +159,7 @@ def test_one_hidden_layer_gets_the_best_of_all_permutations(seed, units, bias):
 
 @networks
 @pytest.mark.parametrize("ties", [False, True])
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=seeds)
 def test_an_aligned_network_stays_as_it_is(build, outputs, shape, ties, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -185,7 +185,7 @@ def test_alignment_is_deterministic(build, outputs, shape):
     assert_equal(align(b, a), align(b, a))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, sizes=lists(integers(1, 9), min_size=2, max_size=5))
 def test_equal_networks_stay_as_they_are(seed, sizes):
     a = mlp(sizes, torch.Generator().manual_seed(seed))

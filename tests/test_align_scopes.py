@@ -30,7 +30,6 @@ def network(dtype=torch.float32):
     return state | {"count": torch.tensor(7)}
 
 
-@settings(deadline=None)
 @given(weights=WEIGHTS, mean=MEANS, std=STDS)
 def test_the_layer_has_the_targets_moments_and_keeps_its_shape(weights, mean, std):
     assume(weights.std() > 0.01)
@@ -43,7 +42,7 @@ def test_the_layer_has_the_targets_moments_and_keeps_its_shape(weights, mean, st
     np.testing.assert_allclose((after - mean) / std, standard, rtol=1e-7, atol=1e-7)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(weights=WEIGHTS, first=st.tuples(MEANS, STDS), second=st.tuples(MEANS, STDS))
 def test_only_the_last_of_several_targets_counts(weights, first, second):
     assume(weights.std() > 0.01)

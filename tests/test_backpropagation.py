@@ -26,7 +26,7 @@ from fedwsa.scope import is_layer, measure
 from fedwsa.seeding import torch_generator
 
 SHAPE, CLASSES = (1, 16, 16), 7
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def mlp(hidden: tuple[int, ...], seed: int = 0) -> MLP:

@@ -38,7 +38,7 @@ def test_a_broken_model_does_not_spoil_the_other_end():
     assert torch.equal(interpolate(broken, model(0), 1)["w"], model(0)["w"])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=seeds, t=floats(0, 1))
 def test_between_them_it_is_numpys_interpolation(seed, t):
     rng = np.random.default_rng(seed)
@@ -84,7 +84,7 @@ def along(loss, a, b, points=GRID):
     return [float(loss(interpolate(*ends, t)["x"])) for t in points]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=seeds, curvature=floats(-3, 3))
 def test_of_a_quadratic_it_is_an_eighth_of_the_curvature_between_the_ends(seed, curvature):
     """On the line, L − the chord is −½ t(1 − t) dᵀHd with d = θ_B − θ_A, whatever the minimum and the ends."""

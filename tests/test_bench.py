@@ -1,10 +1,12 @@
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers import require_fashion_mnist
 
 from experiments.bench import __main__ as program
-from experiments.bench.measure import Contestant, Figure, Measurement
+from experiments.bench.measure import Contestant, ContestantError, Figure, Measurement, measure
 from experiments.bench.rows import (
     DESCRIPTIONS,
     ROWS,
@@ -157,3 +159,34 @@ def test_a_part_of_the_workloads_does_not_replace_the_results_of_all(options, wr
     shown = capsys.readouterr().out
     assert "| MLP, 10 × 600 samples | our app ÷ bare loop | ≤ 1.25 | 1.00 (1.00 to 1.00) | yes |" in shown
     assert written is None or (tmp_path / written).read_text(encoding="utf-8") == shown.removesuffix("\n")
+
+
+# ---- the contestants themselves
+
+OURS = [
+    each
+    for row in ROWS
+    for each in row.contestants
+    if WORKLOADS[each.workload].device == "cpu" and each.workload not in {"tiny", "cnn"} and each.argument != "stock"
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "contestant",
+    {(each.module, each.argument): each for each in OURS}.values(),
+    ids=lambda each: f"{each.module} {each.argument}",
+)
+def test_every_contestant_runs(contestant):
+    require_fashion_mnist()
+    number = min(contestant.rounds, 2)
+    found = measure(replace(contestant, rounds=number, stop_after=0.0))
+    assert len(found.laps) == number
+    assert (found.limit is not None) == bool(contestant.limit)
+
+
+@pytest.mark.process
+def test_what_fails_is_said_with_what_it_printed_last():
+    with pytest.raises(ContestantError, match=r"(?s)exit status 1, 0 of 2 rounds.*KeyError: 'nothing'"):
+        measure(Contestant("x", "ours", "nothing", 2, "inprocess"))

@@ -28,7 +28,8 @@ def _small_batches(monkeypatch):
 
 
 def make(app, model, num_clients=3):
-    grid = grid_of(app, num_clients, tiny(num_clients=3).to_run_config())
+    config = tiny(num_clients=num_clients, cohort=2)
+    grid = grid_of(app, num_clients, config.to_run_config())
     return CentralEvaluation(models.build("mlp", *DIGITS, seed=0), data.load("digits"), grid, timeout=10), grid
 
 

@@ -24,6 +24,7 @@ from experiments.results import read_run
 from fedwsa import config, files
 from fedwsa.config import Config
 from fedwsa.data import fashion_mnist
+from fedwsa.errors import RunError
 from fedwsa.run_folder import claim, sha256
 from partitions import heterogeneity
 
@@ -623,6 +624,21 @@ def test_folders_of_our_names_and_a_terminal_without_unicode(tmp_path: Path) -> 
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"Jensen?Shannon" in done.stdout
     assert (tmp_path / "partitions/mine.json").exists()
+
+
+def test_the_engines_options_reach_it(fedwsa: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def open_engine(name: str, **options: Any) -> None:
+        given.update(options, name=name)
+        raise RunError("enough")
+
+    monkeypatch.setattr(run, "open_engine", open_engine)
+    options = {"workers": 3, "threads-per-client": 2, "cpus-per-client": 0.5, "gpus-per-client": 0.25}
+    outcome = fedwsa("run", *(f"--set={key}={value}" for key, value in options.items()), "--set=ray-address=auto")
+    assert outcome.status == 1
+    expected = {key.replace("-", "_"): value for key, value in options.items()}
+    assert given == {**expected, "name": "ray", "ray_address": "auto", "start_here": True}
 
 
 @pytest.mark.parametrize(("values", "own"), [({}, False), ({"model": "my:net"}, True), ({"strategies": "my:s"}, False)])

@@ -233,6 +233,28 @@ def test_a_training_that_fails_leaves_what_the_client_keeps_as_it_was():
     assert set(context.state) == {"mine", "batch-norm"}
 
 
+class ThreadNet(nn.Linear):
+    """Writes down how many threads it has."""
+
+    threads: ClassVar[list[int]] = []
+
+    def __init__(self, input_shape, num_classes) -> None:
+        super().__init__(64, num_classes)
+
+    def forward(self, images):
+        self.threads.append(torch.get_num_threads())
+        return super().forward(images.flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_a_client_computes_with_as_many_threads_as_the_config_says(kind):
+    """On which its sums depend, whoever runs it."""
+    config, start = tiny(model="test_clients:ThreadNet", threads_per_client=2), ThreadNet(*DIGITS).state_dict()
+    ThreadNet.threads.clear()
+    ask(config, kind=kind, start=start)
+    assert set(ThreadNet.threads) == {2}
+
+
 # ---- the loop against PyTorch's optimiser
 
 

@@ -15,7 +15,7 @@ from fedwsa.divergence import DIVERGENCES, divergence_of
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope, divergence, gradient_coefficients, measure, proximal_coefficients
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 means, stds, seeds = st.floats(-3, 3), st.floats(0.1, 3), st.integers(0, 2**32 - 1)
 kinds = st.sampled_from(list(DIVERGENCES))
 proximal_kinds = [name for name, row in DIVERGENCES.items() if row.proximal]

@@ -160,6 +160,9 @@ def unclaimed() -> set[str]:
     return {str(path) for path in Path("/dev/shm").iterdir() if str(path) not in mapped}
 
 
+OURS = "@fedwsa-"  # as /proc has names that are no files
+
+
 def ours_in_unix(part: str) -> list[str]:
     """Unix sockets of this process whose path has this part."""
     own = {target.removeprefix("socket:[").removesuffix("]") for target in descriptors() if target.startswith("socket")}
@@ -181,7 +184,7 @@ class Opened:
 
     def all_are_up(self) -> bool:
         """By their connections: Ray does not always manage to rename a process that serves."""
-        return len(self.others()) == WORKERS == len(ours_in_unix(self.engine._sockets.name))
+        return len(self.others()) == WORKERS == len(ours_in_unix(OURS))
 
     def check(self) -> None:
         """All workers are there, and nothing else: no process, no zombie, no memory that is lent to anybody."""
@@ -203,7 +206,7 @@ def opened() -> Iterator[Opened]:
         patch.setenv("SPT_NOENV", "1")  # processes that rename themselves keep their environment readable
         with open_engine("ray", workers=WORKERS) as engine:
             shared = Opened(engine, mark)
-            assert wait_until(lambda: len(ours_in_unix(engine._sockets.name)) == WORKERS), shared.others()
+            assert wait_until(lambda: len(ours_in_unix(OURS)) == WORKERS), shared.others()
             shared.rays = {pid for pid, line in shared.others().items() if not is_worker(line)}
             assert wait_until(shared.all_are_up), shared.others()
             yield shared
@@ -213,8 +216,7 @@ def opened() -> Iterator[Opened]:
     assert segments() == 0
     assert "memfd:fedwsa" not in Path("/proc/self/maps").read_text()
     assert unclaimed() <= before
-    assert ours_in_unix("/session_") + ours_in_unix("/fedwsa-") == []
-    assert not Path(engine._sockets.name).exists()
+    assert ours_in_unix("/session_") + ours_in_unix(OURS) == []
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ LAYERS = [["a.weight", "a.bias"], ["norm.weight", "norm.bias"], ["b"]]
 
 
 @given(seed=st.integers(0, 10**6), clients=st.integers(1, 9), beta=st.floats(0, 3))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_against_all_updates_at_once(seed, clients, beta):
     """The layers as vectors, by PyTorch; for one or two clients as the authors take the spread, too."""
     rng = np.random.default_rng(seed)

@@ -29,7 +29,6 @@ OPTIMUM = np.array([[1.0, -2.0], [12.0, 2.0]]).sum(0) / 5  # Σ h c/Σ h, of equ
 
 
 @given(steps=st.integers(1, 60), momentum=st.floats(0, 0.999))
-@settings(deadline=None)
 def test_accumulated_is_how_far_sgd_goes(steps, momentum):
     """Under a gradient that is always 1, at a learning rate of 1."""
     weight = torch.zeros(1, dtype=torch.float64)
@@ -133,7 +132,7 @@ def test_without_names_every_floating_array_is_a_parameter():
 
 
 @given(examples=st.lists(st.integers(1, 10**6), min_size=1, max_size=40))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_workers_parts_come_to_the_same_bits(examples):
     strategy = FedNova(1, momentum=0.9, parameters={"w"}, seed=0)
     strategy.configure_train(1, record(START), ConfigRecord(), grid_of(canned(({}, {})), 1))

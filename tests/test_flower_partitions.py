@@ -1,13 +1,9 @@
-"""Partitioners of flwr-datasets by the adapter: the real ones where the package is installed, a stand-in always.
-
-The package cannot be installed beside this project's pinned fsspec (its `datasets` wants an older one), so that it is
-no development dependency. In an environment of its own:
-`pip install flwr-datasets scipy pytest`, `python -m pytest --noconftest -c /dev/null tests/test_flower_partitions.py`.
-"""
+"""Partitioners of flwr-datasets by the adapter: the real ones, and a stand-in whose draws are known."""
 
 import sys
 from types import SimpleNamespace
 
+import flwr_datasets.partitioner as theirs
 import numpy as np
 import pytest
 from scipy import stats
@@ -59,7 +55,6 @@ def make_dirichlet(request, monkeypatch):
     if request.param == "stand-in":
         monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=Columns))
         return StandIn
-    theirs = pytest.importorskip("flwr_datasets.partitioner")
     return lambda *arguments, **options: theirs.DirichletPartitioner(
         *arguments, **options, min_partition_size=0, self_balancing=False
     )
@@ -118,7 +113,6 @@ def test_a_partitioner_of_flower_by_an_import_path(monkeypatch):
     ],
 )
 def test_partitioners_of_flower(name, options):
-    theirs = pytest.importorskip("flwr_datasets.partitioner")
     labels, writers = np.arange(210) % 5, np.arange(210) // 30
     parts = indices_of(getattr(theirs, name)(**options), label=labels, writer=writers)
     held = np.concatenate(parts)

@@ -139,7 +139,7 @@ def bits(folded: MeanFold | None) -> Any:
 
 
 @given(st.data(), cohorts(), st.sampled_from([2, 4, 8, 16]))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_cut_gives_the_bits_of_adding_one_by_one(data, cohort, at_once):
     """However many are summed in one pass, and whether by compiled loops or by NumPy."""
     sizes = data.draw(cuts(len(cohort)))
@@ -152,7 +152,7 @@ def test_any_cut_gives_the_bits_of_adding_one_by_one(data, cohort, at_once):
 
 
 @given(st.data(), cohorts())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_numbers_are_added_in_pairs_inside_a_block_and_block_after_block(data, cohort):
     """The order itself, written down without a tree."""
 
@@ -183,7 +183,7 @@ def test_the_numbers_are_added_in_pairs_inside_a_block_and_block_after_block(dat
 
 
 @given(st.data(), cohorts())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_the_sum_is_the_weighted_mean(data, cohort):
     """To the rounding of float64 sums, and then of the arrays' own types."""
     folded = piecewise(cohort, data.draw(cuts(len(cohort))), pickled)
@@ -205,7 +205,7 @@ def test_the_sum_is_the_weighted_mean(data, cohort):
 
 
 @given(st.data(), cohorts())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_metrics_are_means_over_those_who_report_them_and_scopes_stay_in_order(data, cohort):
     folded = piecewise(cohort, data.draw(cuts(len(cohort))), pickled)
     replies = [each.reply().content["metrics"] for each in cohort if not each.failed]
@@ -222,7 +222,7 @@ def test_metrics_are_means_over_those_who_report_them_and_scopes_stay_in_order(d
 
 
 @given(cohorts(BLOCK + 3))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_replies_that_are_here_give_the_same_bits(cohort):
     fine = [each for each in cohort if not each.failed]
     assert bits(fold(MeanFold, (each.reply() for each in fine))) == bits(one_by_one(fine))
@@ -266,7 +266,7 @@ class Part:
 
 
 @given(st.data(), st.integers(1, 40 * BLOCK))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_a_tree_holds_few_parts_however_long_the_cohort(data, length):
     sizes = data.draw(st.sampled_from([[1] * length, data.draw(cuts(min(length, 3 * BLOCK)))]))
     Part.most, tree, position = 0, Tree(), 0

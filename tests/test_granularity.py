@@ -15,7 +15,7 @@ from fedwsa.granularity import GRANULARITIES, layer_of, units
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope, measure
 
-quick = settings(max_examples=20, deadline=None)
+quick = settings(max_examples=20)
 seeds = st.integers(0, 2**32 - 1)
 
 

@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -30,7 +30,6 @@ def _seeded():
 
 
 @needs_operator
-@settings(deadline=None)
 @given(
     rows=st.sampled_from([8, 32, 33, 50, 200]),
     inputs=st.integers(1, 300),

@@ -23,7 +23,7 @@ from fedwsa.scope import LANES, _sums, moments
 from strategies.fedavg import FedAvg
 
 ODD = pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-quick = settings(max_examples=100, deadline=None)
+quick = settings(max_examples=100)
 
 
 def both_ways(function: Callable[..., Any], argument: Any) -> tuple[Any, Any]:

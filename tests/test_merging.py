@@ -66,7 +66,7 @@ def test_unlike_models_are_refused_and_the_odd_ones_named(merge):
         merge([model(0), {**model(1), "0.bias": torch.zeros(5, dtype=torch.float64)}], loss)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(weights=lists(floats(0.01, 100), min_size=1, max_size=6), seed=integers(0, 2**32 - 1))
 def test_average_is_the_weighted_mean(weights, seed):
     values = np.random.default_rng(seed).normal(size=(len(weights), 4, 3))

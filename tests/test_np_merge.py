@@ -41,7 +41,7 @@ def scalar(value, dtype=torch.float64):
     return {"w": torch.tensor([value], dtype=dtype)}
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, share=floats(1e-4, 1 - 1e-4))
 def test_zero_steps_give_the_weighted_average_of_a_and_aligned_b(seed, share):
     a, b = models(2, seed)
@@ -51,7 +51,7 @@ def test_zero_steps_give_the_weighted_average_of_a_and_aligned_b(seed, share):
     assert merged.losses == []
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds, weights=lists(floats(0.01, 100), min_size=1, max_size=6))
 def test_zero_steps_give_the_weighted_average_of_several_models(seed, weights):
     states = models(len(weights), seed)
@@ -72,7 +72,7 @@ def test_the_papers_start_halves_what_came_before():
     assert_close(merged, average(states, [1 / 8, 1 / 8, 1 / 4, 1 / 2]), 1e-6)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=seeds, share=floats(0.01, 0.99), learning_rate=floats(0.01, 100))
 def test_coefficients_stay_in_zero_one_and_weights_between_the_models(seed, share, learning_rate):
     a, b = models(2, seed)
@@ -90,7 +90,7 @@ def quartic(w):
     return (w**4).sum() + (w[0] * w[1:]).sum()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=seeds)
 def test_the_gradient_is_autograds_and_that_of_finite_differences(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def test_a_target_beyond_a_model_is_met_by_that_model():
     assert 0.99 < merged.coefficients["w"].item() <= 1
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=seeds)
 def test_the_loss_never_rises_on_a_convex_quadratic_with_small_steps(seed):
     a, b = models(2, seed, torch.float64)

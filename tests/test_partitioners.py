@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from test_partitions import SEEDS, assert_each_sample_exactly_once, label_arrays
@@ -36,7 +36,6 @@ def counts_of(labels, parts):
 
 
 @pytest.mark.parametrize("name", EQUAL_SIZES)
-@settings(deadline=None)
 @given(labels=label_arrays(min_samples=12), k=st.integers(1, 12), alpha=st.floats(1e-300, 1e300), seed=SEEDS)
 def test_sizes_differ_by_one_at_most(name, labels, k, alpha, seed):
     sizes = [len(part) for part in EQUAL_SIZES[name](labels, k, alpha, np.random.default_rng(seed))]
@@ -178,7 +177,6 @@ def test_more_shards_than_samples_are_refused():
 # ---- label_skew
 
 
-@settings(deadline=None)
 @given(classes=st.integers(1, 12), k=st.integers(1, 30), data=st.data(), seed=SEEDS)
 def test_every_client_has_exactly_so_many_classes_and_every_class_a_holder(classes, k, data, seed):
     own = data.draw(st.integers(-(-classes // k), classes))

@@ -3,7 +3,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -60,7 +60,6 @@ def assert_each_sample_exactly_once(parts, num_samples):
 
 
 @pytest.mark.parametrize("name", PARTITIONERS)
-@settings(deadline=None)
 @given(data=st.data(), seed=SEEDS)
 def test_every_sample_lands_exactly_once(name, data, seed):
     labels, num_clients, options = data.draw(cases(name))
@@ -70,7 +69,6 @@ def test_every_sample_lands_exactly_once(name, data, seed):
 
 
 @pytest.mark.parametrize("name", PARTITIONERS)
-@settings(deadline=None)
 @given(data=st.data(), seed=SEEDS)
 def test_equal_generators_give_equal_parts(name, data, seed):
     labels, num_clients, options = data.draw(cases(name))
@@ -231,7 +229,6 @@ def test_effective_number_of_clients_of_a_class(alpha):
     assert squares.mean() == pytest.approx(exact, rel=0, abs=5 * squares.std() / np.sqrt(20_000))
 
 
-@settings(deadline=None)
 @given(seed=SEEDS)
 def test_min_size_is_honoured(seed):
     labels = np.tile(np.arange(10), 20)

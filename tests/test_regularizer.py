@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.scope import WeightScope, kl_divergence, measure, proximal_coefficients
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 shapes = st.lists(st.integers(1, 6), min_size=2, max_size=4).filter(lambda shape: math.prod(shape) > 1)
 seeds = st.integers(0, 2**32 - 1)
 

@@ -21,7 +21,7 @@ from experiments.results import (
     read_run,
     summarize,
 )
-from experiments.table import decimal_column, difference_cells, summary_cells, summary_table
+from experiments.table import decimal_column, detail_cells, difference_cells, summary_cells, summary_table
 
 
 def evaluation(server_round: int, accuracy: float, **more: Any) -> dict[str, Any]:
@@ -346,6 +346,25 @@ def test_a_loss_that_is_not_finite_is_said_beside_the_accuracy(loss: float | Non
     ((_, final, *_),) = summary_cells(read_run(folder)).rows
     accuracy, words = ("10.0", "loss not finite") if seeds == 1 else ("10.0 ± 0.0", "loss not finite in 1 of 3")
     assert final == (accuracy if loss == 2.0 else f"{accuracy} ({words})")
+
+
+def test_several_federations_have_the_other_numbers_by_alpha(tmp_path: Path) -> None:
+    summaries = [
+        summary("fedavg", 0.5, seed=0, last5_accuracy=0.4, rounds_to_target=3, scope_distance=1.0),
+        summary("fedavg", 0.5, seed=1, last5_accuracy=0.6, rounds_to_target=6, scope_distance=None),
+        summary("fedavg", 0.5, seed=2, last5_accuracy=0.5, scope_distance=4.0),
+        summary("fedavg", 0.5, alpha=1.0, seed=0, last5_accuracy=0.7, scope_distance=None),
+    ]
+    run = read_run(write_run(tmp_path / "run", summaries, ["fedavg", "wsa"], "[0.1, 1]", "[0, 1, 2]"))
+    cells = detail_cells(run)
+    assert cells is not None
+    assert cells.header[3] == "rounds to 80 %"
+    assert cells.rows == (  # t = 4.302653, s = 0.1
+        ("fedavg", "α = 0.1", "50.0 ± 24.8", "4.5 (2 of 3)", "2.5"),
+        ("fedavg", "α = 1", "70.0 (n=1)", "–", "–"),
+    )
+    one = read_run(write_run(tmp_path / "one", summaries[:1], ["fedavg"], "0.1", "0"))
+    assert detail_cells(one) is None
 
 
 def test_several_federations_have_a_column_an_alpha(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_weights_that_do_not_lie_densely_are_pulled_alike(granularity, kind, dty
         assert not torch.equal(weights, values)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=40),
     st.sampled_from([0.0, 1.0, 1e4]),

@@ -26,7 +26,7 @@ from fedwsa.scope import (
     scope_spread,
 )
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 means = st.floats(-10, 10)
 stds = st.floats(0.01, 10)
 seeds = st.integers(0, 2**32 - 1)

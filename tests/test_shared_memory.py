@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -340,3 +340,37 @@ def test_a_small_task_or_one_whose_records_are_there_goes_to_a_busy_worker() -> 
     packed, records = worker.receive()
     assert len(records) == 1
     assert packed.jobs[0][3].object_id == state.object_id
+
+
+# ---- the socket
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can call as somebody else")
+def test_nobody_else_gets_the_workers_place() -> None:
+    name = f"fedwsa-test-{os.getpid()}"
+    accept = shared_memory.listen(name)
+
+    called, calling = Pipe(duplex=False)
+
+    def call_as_somebody_else() -> None:
+        os.setuid(65534)
+        connection = shared_memory.connect(name)
+        calling.send_bytes(b"!")
+        with suppress(EOFError, OSError):
+            connection.recv_bytes()  # ended by the other side
+
+    stranger = get_context("fork").Process(target=call_as_somebody_else)
+    stranger.start()
+    assert called.poll(20.0)
+    worker = shared_memory.connect(name)
+    end = accept(20.0)
+    end.send_bytes(b"a task")
+    assert worker.recv_bytes() == b"a task"
+    stranger.join(20.0)
+    assert stranger.exitcode == 0
+
+
+def test_who_waits_for_a_worker_that_never_calls_is_told() -> None:
+    with pytest.raises(TimeoutError):
+        shared_memory.listen(f"fedwsa-nobody-{os.getpid()}")(0.01)

@@ -17,7 +17,7 @@ def plain(a, b, share):
     return average([a, b], [share, 1 - share])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(weights=lists(floats(0.01, 100), min_size=1, max_size=9), seed=integers(0, 1000))
 def test_averages_of_averages_are_the_average(weights, seed):
     states = [model(seed + i) for i in range(len(weights))]

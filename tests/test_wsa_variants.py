@@ -24,18 +24,19 @@ from flwr.serverapp.strategy import FedMedian
 from safetensors.torch import load_file
 
 from clients import training
+from clients.client_app import app as client_app
 from clients.objectives import Objective, Task
 from clients.training import train
 from experiments.run import check
 from fedwsa import messages, models
-from fedwsa.arrays import fill, pack
+from fedwsa.arrays import fill, pack, unpack
 from fedwsa.config import ConfigError
 from fedwsa.regularizer import WeightScopeRegularizer
 from fedwsa.run_folder import StrategyFolder
 from fedwsa.scope import WeightScope, measure, moving_average
 from fedwsa.seeding import torch_generator, torch_seed
 from fedwsa.stability import Descent
-from strategies import FedAvg, FedAvgWSA, WeightScopeAlignment
+from strategies import FedAvg, FedAvgWSA, WeightScopeAlignment, build
 from strategies.gate import Gate
 
 LAYERS = ("layers.0.weight", "layers.1.weight", "layers.2.weight")
@@ -451,9 +452,29 @@ def test_nothing_is_told_where_there_is_no_bound(options, caplog):
     assert told(caplog) == 0
 
 
+def test_the_common_pair_has_a_short_name():
+    """Its two rounds are those of the pair, to the bit."""
+    options = {"strength": 3.0, "mode": "proximal"}
+
+    def trained(strategy):
+        start = {name: tensor.clone() for name, tensor in initial_model().items()}
+        grid = grid_of(client_app, 6, tiny().to_run_config())
+        for server_round in (1, 2):
+            arrays, _ = one_round(strategy, grid, pack(start), server_round)
+            start = unpack(arrays)
+        return start
+
+    short = trained(FedAvgWSA(3, seed=4, evaluation_cohort=2, timeout=9.0, **options))
+    long = trained(WeightScopeAlignment(FedAvg(3, seed=4), **options))
+    assert all(torch.equal(short[name], tensor) for name, tensor in long.items())
+    assert not all(torch.equal(short[name], tensor) for name, tensor in trained(FedAvg(3, seed=4)).items())
+    assert FedAvgWSA(3, seed=4, timeout=9.0).strategy.timeout == 9.0
+
+
 def test_the_configs_step_is_what_is_checked(caplog):
     config = tiny(learning_rate=0.05, momentum=0.9, wsa={"strength": 1e6})
-    strategy = FedAvgWSA.from_config(config, holdout())
+    strategy = build("fedavg-wsa", config, holdout())
+    assert isinstance(strategy, WeightScopeAlignment)
     assert strategy.descent == Descent(0.05, 0.9)
     list(
         strategy.configure_train(

@@ -4,7 +4,6 @@ import logging
 import os
 import queue
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -87,7 +86,6 @@ class RayEngine:
         self._actors: list[_Actor] = []
         self._shared_memory = SharedMemory()
         self._coming: set[Future[Outcome]] = set()  # from workers on other machines
-        self._sockets = tempfile.TemporaryDirectory(prefix="fedwsa-")
         self._started: queue.SimpleQueue[tuple[_Actor, Link | Exception] | Exception] = queue.SimpleQueue()
         self._wake_reader, self._wake_writer = pipe_of(self)
         here = workers or self._resources.slots(len(os.sched_getaffinity(0)), 0)  # workers; 0: Ray will refuse
@@ -187,7 +185,6 @@ class RayEngine:
         if self._owns_ray:
             shut_down()
         self._ended.set()
-        self._sockets.cleanup()
 
     def _bring_up(self) -> None:
         """In a thread of its own, since Ray takes seconds.
@@ -237,11 +234,11 @@ class RayEngine:
         return next((core for core in cores if core not in taken), None)
 
     def _connect(self, actor: _Actor) -> None:
-        path = f"{self._sockets.name}/{actor.handle._actor_id.hex()}"
+        name = f"fedwsa-{actor.handle._actor_id.hex()}"
         try:
-            accept = listen(path)
+            accept = listen(name)
             here = ray.get_runtime_context().get_node_id()
-            pid = ray.get(actor.handle.connect.remote(path, here), timeout=START_TIMEOUT)
+            pid = ray.get(actor.handle.connect.remote(name, here), timeout=START_TIMEOUT)
             if pid is None:
                 self._tell((actor, ObjectStoreLink(actor.handle, self._coming)))
             else:

@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 import socket
+import struct
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -267,23 +268,35 @@ class WorkerEnd:
                 self.connection.send_bytes(buffer)
 
 
-def listen(path: str) -> Callable[[float], Connection]:
-    """Listen at a path; the function returned waits for one worker, TimeoutError after so many seconds."""
+def listen(name: str) -> Callable[[float], Connection]:
+    """Listen at a name; the function returned waits for one worker, TimeoutError after so many seconds.
+
+    The name is none of a file (Linux's abstract namespace), so that nothing is left behind whatever dies.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path)
+    listener.bind(f"\0{name}")
     listener.listen()
 
     def accept(timeout: float) -> Connection:
         listener.settimeout(timeout)
-        accepted, _ = listener.accept()
-        accepted.setblocking(True)
-        return Connection(accepted.detach())
+        while True:
+            accepted, _ = listener.accept()
+            if _user_of(accepted) == os.getuid():
+                accepted.setblocking(True)
+                return Connection(accepted.detach())
+            accepted.close()  # anybody on this machine may call
 
     return accept
 
 
-def connect(path: str) -> Connection:
-    """The worker's side of `listen`. Raises OSError where the path is another machine's."""
+def _user_of(accepted: socket.socket) -> int:
+    """Who is at the other end."""
+    _, user, _ = struct.unpack("3i", accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(user)
+
+
+def connect(name: str) -> Connection:
+    """The worker's side of `listen`. Raises OSError where the name is another machine's."""
     caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    caller.connect(path)
+    caller.connect(f"\0{name}")
     return Connection(caller.detach())

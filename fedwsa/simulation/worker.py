@@ -61,12 +61,12 @@ class Worker:
         self.connection: Connection | None = None
         self.modules = 0  # imported when `_set_aside` last looked
 
-    def connect(self, path: str, node_id: str) -> int | None:
+    def connect(self, name: str, node_id: str) -> int | None:
         """This process's id once it is connected to the server's socket; None on another of Ray's nodes than its."""
         if ray.get_runtime_context().get_node_id() != node_id:
             return None
         try:
-            self.connection = connect(path)
+            self.connection = connect(name)
         except OSError:
             return None
         return os.getpid()
