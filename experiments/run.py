@@ -28,7 +28,6 @@ from fedwsa import data, models, tracing, weights
 from fedwsa.config import Config, ConfigError
 from fedwsa.data.augmentation import AUGMENTATIONS
 from fedwsa.errors import RunError, UsageError
-from fedwsa.merging import chain_permutations
 from fedwsa.registry import check_call, lookup
 from fedwsa.run_folder import (
     CONFIG,
@@ -47,7 +46,6 @@ from fedwsa.run_folder import (
 )
 from fedwsa.simulation import Engine, open_engine, simulate
 from strategies.server_app import make_app, pinned
-from strategies.wsa import aligned_with
 
 TRACE = "trace.json"
 
@@ -108,7 +106,7 @@ def check(config: Config) -> None:
         partial(_check_device, config),
         *(partial(federation, one) for one in config.federations()),
         partial(_check_alpha, config),
-        *(partial(_check_strategy, config, name) for name in config.strategies if ":" in name),
+        partial(_check_strategies, config),
     ]
     problems = []
     for need in needed:
@@ -132,13 +130,6 @@ def _check_model(config: Config) -> None:
     image, _ = dataset.train_tensors(np.zeros(1, np.int64))
     models.check_takes(model, config.model, image, dataset.num_classes)
     weights.begin(model, config)
-    if any(name.endswith(configuration.ALIGNED) for name in config.strategies):
-        aligned_with(model, config)
-    if config.uses("np-merge") and config.np_merge.align:
-        try:
-            chain_permutations(model.state_dict())
-        except ValueError as error:
-            raise ValueError(f"np-merge.align = true: {error}; allowed with this model is false") from error
 
 
 def _check_alpha(config: Config) -> None:
@@ -157,13 +148,21 @@ def _check_device(config: Config) -> None:
         )
 
 
-def _check_strategy(config: Config, name: str) -> None:
-    """One of the user's own is built once, on what the server of the first federation holds."""
+def _check_strategies(config: Config) -> None:
+    """Each is built once, on what the server of the first federation holds."""
     one = config.federations()[0]
     holdings = federation(one)
     dataset = holdings.dataset
     model = models.of_config(one, dataset.input_shape, dataset.num_classes, seed=0)
-    strategies.build(name, one, strategies.Holdout(model, *dataset.train_tensors(holdings.server)))
+    holdout = strategies.Holdout(model, *dataset.train_tensors(holdings.server))
+    problems = []
+    for name in config.strategies:
+        try:
+            strategies.build(name, one, holdout)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
 
 
 def _check_new(folder: Path) -> None:

@@ -17,8 +17,7 @@ class Central(FedAvg):
     optimiser each round; BatchNorm has nobody to be local to. Clients evaluate as with FedAvg. It sees every client's
     samples in each round, where a cohort of FedAvg's sees its own: a round is num-clients/cohort times the work.
     For our simulation alone (RunError elsewhere, before the first round of any strategy): no real client can have the
-    others' samples. Minimises the mean loss
-    over all samples, Σ p_k f_k.
+    others' samples. Minimises the mean loss over all samples, Σ p_k f_k.
     """
 
     def configure_train(
