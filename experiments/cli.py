@@ -135,7 +135,7 @@ def partition(
     if len(settings.federations()) > 1:
         raise config.ConfigError("partition shows one federation; allowed is one alpha and one seed")
     form = _picture_format(out)
-    _check_place("--json", json, out)
+    _check_place("--json", json, out, *filter(None, [config_file]))
     with uncollected():
         from clients.federation import federation
         from experiments import figures
@@ -170,11 +170,11 @@ def report(
     with uncollected():
         from experiments.report import write_accuracy, write_report
 
-    with _usage():
+    with _usage(), _read(folder):
         path = write_report(folder)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
     if picture is not None:
-        with _usage():
+        with _usage(), _read(folder):
             write_accuracy(folder, picture)
         console.print(f"picture: {picture}", markup=False, highlight=False, soft_wrap=True)
 
@@ -225,7 +225,7 @@ def barrier(
     """
     form = _picture_format(out)
     if json is not None:
-        _check_place("--json", json, out, a, b)
+        _check_place("--json", json, out, a, b, *filter(None, [config_file]))
     for option, value, least in (("--points", points, 3), ("--train-samples", train_samples, 1)):
         if value < least:
             raise UsageError(f"{option} {value}: allowed is a whole number ≥ {least}")
@@ -292,7 +292,7 @@ def _picture_format(picture: Path, option: str = "--out", forms: tuple[str, ...]
 
 
 def _check_place(option: str, path: Path, *taken: Path) -> None:
-    """UsageError unless a file can be there, and none that the command reads or writes too, before the work."""
+    """UsageError unless a file can be there, and is none of those `taken` for something else, before the work."""
     if not os.path.isdir(path.parent):
         raise UsageError(f"{option} {path}: there is no folder {path.parent}; allowed is a file in one that there is")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -311,6 +311,15 @@ def _usage() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+@contextmanager
+def _read(folder: Path) -> Iterator[None]:
+    """A file of a run that the system refuses, in one line without a traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
 
 
 @contextmanager

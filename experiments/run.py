@@ -115,7 +115,7 @@ def check(config: Config) -> None:
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+        raise ConfigError("\n".join(dict.fromkeys("\n".join(problems).splitlines())))
 
 
 def _check_augmentation(name: str) -> None:
@@ -162,7 +162,7 @@ def _check_strategies(config: Config) -> None:
         except ValueError as error:
             problems.append(str(error))
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        raise ValueError("\n".join(problems))
 
 
 def _check_new(folder: Path) -> None:

@@ -6,8 +6,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedwsa import messages
+from fedwsa.errors import RunError
+from fedwsa.simulation.grid import SimulationGrid
 from strategies.fedavg import FedAvg
 from strategies.sampling import broadcast
+
+
+def check_simulated(grid: Grid) -> None:
+    """RunError over any other grid than our simulation's."""
+    if not isinstance(grid, SimulationGrid):
+        raise RunError("central: no real client has all samples; allowed in a simulation by `fedwsa run`")
 
 
 class Central(FedAvg):
@@ -24,5 +32,6 @@ class Central(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The model to one client, who is told to take everybody's samples."""
+        check_simulated(grid)
         config = ConfigRecord({**config, messages.LOCAL: "aggregate", messages.POOLED: True})
         return broadcast(sorted(grid.get_node_ids())[:1], MessageType.TRAIN, server_round, arrays, config)

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 import strategies
 from fedwsa import data, models, weights
 from fedwsa.config import Config, from_run_config
-from fedwsa.errors import RunError
 from fedwsa.run_folder import CONFIG, FolderInUseError, StrategyFolder, claim, new_folder, write_atomically
 from fedwsa.seeding import torch_seed
-from fedwsa.simulation.grid import SimulationGrid
 from fedwsa.tracing import span
 from partitions import stored
+from strategies.central import check_simulated
 from strategies.evaluation import CentralEvaluation
 from strategies.gate import Gate
 from strategies.measures import Measures
@@ -106,8 +105,8 @@ def run_strategies(grid: Grid, config: Config, folder: Path, notify: Notify) -> 
     holdout = strategies.Holdout(model, *dataset.train_tensors(held_out))
     evaluated = models.of_config(config, dataset.input_shape, dataset.num_classes, seed=0)
     evaluate_arrays = CentralEvaluation(models.placed(evaluated, torch.device("cpu")), dataset, grid, config.timeout)
-    if config.uses("central") and not isinstance(grid, SimulationGrid):
-        raise RunError("central: no real client has all samples; allowed in a simulation by `fedwsa run`")
+    if config.uses("central"):
+        check_simulated(grid)
     folders = {name: StrategyFolder(folder / name) for name in config.strategies}
     left = [name for name, one in folders.items() if not one.final.exists()]
     # all of them before the first trains: one that cannot be built must not end a run that is half done

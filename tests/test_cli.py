@@ -256,6 +256,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "device": (("partition", "--json=/dev/null"), r"--json /dev/null: is a device or a pipe; allowed is a file"),
     "json over picture": (("partition", "--out=a.svg", "--json=./a.svg"), r"--json a\.svg: is read, or written as .*"),
     "json over model": (("barrier", "a", "b", "--json=b"), r"--json b: is read, or written as another, by this .*"),
+    "json over config": (("barrier", "a", "b", "c.toml", "--json=c.toml"), r"--json c\.toml: is read, or written .*"),
     "number as name": (("run", "--set=name=2026"), r"name = 2026: allowed is text in quotes, up to 80 letters, .*"),
     "wrong type": (("run", "--set=rounds=1.5"), r"rounds = 1.5: allowed is a whole number ≥ 1"),
     "impossible value": (("run", "--alpha=nan"), r"alpha = NaN: allowed is a finite number > 0, or a list of such, .*"),
@@ -606,11 +607,23 @@ def test_damage_is_said_of_its_file(
     assert outcome.status == 2
     (line,) = said(outcome)
     assert re.fullmatch(said_of_it, line), line
-    if file == "fedavg/metrics.jsonl":  # found when the training is done
-        (tmp_path / "mine/fedavg/final.safetensors").unlink()
-        shutil.rmtree(tmp_path / "mine/fedavg/checkpoints")
-        (tmp_path / "mine" / file).write_bytes(b"")
-        assert fedwsa("run", "--resume=mine").status == 0
+
+
+def test_what_cannot_be_read_is_said(fedwsa: Command, tmp_path: Path) -> None:
+    assert fedwsa("run", *SMALL, "--strategies=fedavg", "--out=mine").status == 0
+    (tmp_path / "mine/metrics.jsonl").unlink()
+    (tmp_path / "mine/metrics.jsonl").mkdir()
+    outcome = fedwsa("report", "mine")
+    assert (outcome.status, said(outcome)) == (1, ["mine/metrics.jsonl: cannot be read: Is a directory"])
+
+
+def test_each_problem_of_two_strategies_is_said_once(fedwsa: Command) -> None:
+    outcome = fedwsa("run", "--strategies=nope,neither")
+    assert outcome.status == 2
+    assert [line.partition(":")[0] for line in said(outcome)] == [
+        "unknown strategy 'nope'",
+        "unknown strategy 'neither'",
+    ]
 
 
 @pytest.mark.process

@@ -266,6 +266,17 @@ def test_an_interrupted_client_is_asked_again():
     assert federate(main, client) == [0, 1, 2, 3]
 
 
+def test_a_state_that_is_none_is_the_clients_error():
+    def client(message, context):
+        context.state = {"config": 1}
+        return name(message, context)
+
+    def main(grid):
+        return [answer.error.code for answer in grid.send_and_receive(messages(grid))]
+
+    assert federate(main, client) == [RAISED] * 4
+
+
 # ---- send and receive
 
 

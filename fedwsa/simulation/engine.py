@@ -133,14 +133,15 @@ def answer(population: Population, job: Job) -> Answer:
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
         if reply.has_content():  # nothing of it is the app's, the state's or another reply's too
             reply.content = own_content(reply.content)
+        state = own_content(context.state)
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
-        context.state = job.state or RecordDict()  # half of what it kept is nothing that it could go on from
+        state = own_content(job.state or RecordDict())  # half of what it kept is nothing that it could go on from
     finally:
         if torch.get_num_threads() != threads:  # the next client of this worker must not depend on who was before it
             torch.set_num_threads(threads)
-    state = own_content(context.state) if context.state or job.state is not None else None
-    return Answer(metadata.message_id, reply, state, time.perf_counter() - start)
+    kept = state if state or job.state is not None else None
+    return Answer(metadata.message_id, reply, kept, time.perf_counter() - start)
 
 
 def perform(population: Population, task: Task) -> Outcome:
@@ -183,8 +184,12 @@ class InProcessEngine:
         """One task is done whatever the timeout: nothing here could stop it."""
         if not self.tasks:
             return []
-        outcome = self.perform(self.tasks[0])
-        self.tasks.popleft()  # not before: Ctrl-C loses none
+        task = self.tasks[0]
+        outcome = self.perform(task)
+        if (
+            self.tasks and self.tasks[0] is task
+        ):  # not before: Ctrl-C loses none; and it may be another simulation's by now
+            self.tasks.popleft()
         return [outcome]
 
     def perform(self, task: Task) -> Outcome:

@@ -161,7 +161,8 @@ class SimulationGrid(Grid):
         """What the replies come to, error replies included; None if there are no messages.
 
         The workers fold what they can; the result does not depend on how many there are. A reply that is missing after
-        `timeout` seconds of waiting is given up. make: picklable; gives an empty part.
+        `timeout` seconds of waiting, or without one after the messages' time to live, is given up. make: picklable;
+        gives an empty part.
         """
         messages = list(messages)
         with self._turns:

@@ -161,6 +161,8 @@ class SharedMemoryLink:
             outcome: Outcome = self.end.receive()
         except (EOFError, OSError):
             raise WorkerDiedError(self._reason()) from None
+        except MemoryError:  # the server's own
+            raise
         except Exception as error:  # what a client calls an array, for one
             raise WorkerDiedError(f"its answer cannot be read: {error}") from error
         _keep_states(outcome)

@@ -137,8 +137,10 @@ class RayEngine:
         """See Engine."""
         self._adopt()
         if self._here and self._queue:
-            outcome = self._here.perform(self._queue[0].task)
-            self._queue.popleft()
+            sent = self._queue[0]
+            outcome = self._here.perform(sent.task)
+            if self._queue and self._queue[0] is sent:  # see InProcessEngine
+                self._queue.popleft()
             return [outcome]
         if not self._queue and not any(actor.tasks for actor in self._actors):
             return []
@@ -333,7 +335,12 @@ class RayEngine:
             assert actor.link is not None
             sent, busy = self._queue[0], bool(actor.tasks)
             actor.tasks.append(sent)  # before it is sent: where Ctrl-C comes between, the answer is not a stranger's
-            if not actor.link.send(sent.task, busy=busy):
+            try:
+                taken = actor.link.send(sent.task, busy=busy)
+            except BaseException:
+                actor.tasks.pop()
+                raise
+            if not taken:
                 actor.tasks.pop()
                 return
             self._queue.popleft()
