@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from hypothesis.strategies import dictionaries, just, one_of, sampled_from, text
 from ray import cloudpickle
 
-from fedwsa.arrays import NumpyArray, load, num_bytes, pack, unpack, view
+from fedwsa.arrays import NumpyArray, from_bytes, load, num_bytes, pack, unpack, view
 
 dtypes = sampled_from([np.float32, np.float64, np.int64])
 shapes = one_of(just(()), array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=4))
@@ -234,3 +234,14 @@ def test_numbers_take_the_models_types():
 def test_size_is_that_of_the_numbers(state):
     for record in records(state):
         assert num_bytes(record) == sum(array.nbytes for array in state.values())
+
+
+@pytest.mark.parametrize("shape", ["(2.0,)", "(-1, -2)", "(True, 2)", "2"])
+def test_bytes_that_claim_an_impossible_shape_are_left_to_numpy(shape):
+    """Which refuses them where the gate looks, and not where a worker's answer is unpickled."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(8)
+    assert from_bytes(memoryview(data)) is None
+    whole = header.replace(shape, "(2,)").encode()
+    fine = b"\x93NUMPY\x01\x00" + len(whole).to_bytes(2, "little") + whole + bytes(8)
+    assert from_bytes(memoryview(fine)).shape == (2,)
