@@ -32,10 +32,10 @@ RunConfig = dict[str, bool | int | float | str]
 def train_message(message: Message, context: Context) -> Message:
     """Train on this client's training samples; everything random comes from (seed, round, partition id)."""
     with _kept_if_it_fails(context):
-        return _trained(message, context)
+        return _train_and_reply(message, context)
 
 
-def _trained(message: Message, context: Context) -> Message:
+def _train_and_reply(message: Message, context: Context) -> Message:
     config, client = _identity(message, context)
     torch.set_num_threads(config.threads_per_client)  # sums depend on it
     holdings = federation(config)

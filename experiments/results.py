@@ -262,8 +262,9 @@ def read_run(run_dir: Path) -> Run:
         folder = run_dir / part_name(alpha, seed) if len(pairs) > 1 else run_dir
         results = {}
         for name in as_list(config["strategies"]):
-            summary = _finished(folder / name, alpha, seed, config["target-accuracy"])
-            summary = summary or summaries.get((alpha, seed, name))  # of a folder that was given away without models
+            summary = summaries.get((alpha, seed, name))
+            if summary is None:  # the run has not written it yet, or a deployed one, which never does
+                summary = _finished(folder / name, alpha, seed, config["target-accuracy"])
             results[name] = StrategyResult(tuple(read_events(folder / name / METRICS)), summary)
         federations.append(Federation(alpha, seed, _read_partition(folder / PARTITION), results))
     return Run(str(config.get("name") or run_dir.resolve().name), config, tuple(federations))

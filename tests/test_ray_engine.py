@@ -18,7 +18,6 @@ import apps
 import numpy as np
 import pytest
 import ray
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -418,18 +417,6 @@ def test_a_client_gets_its_messages_one_after_another(engine):
         return values(grid.send_and_receive(messages(grid, nodes=[1000, 1000, 1001, 1000])))
 
     assert federate(main, client, 2, engine) == [1, 2, 1, 3]
-
-
-def test_every_client_computes_with_the_same_number_of_threads(engine):
-    def client(message, context):
-        threads = torch.get_num_threads()
-        torch.set_num_threads(3)
-        return reply(message, value=threads)
-
-    def main(grid):
-        return values(grid.send_and_receive(messages(grid)))
-
-    assert federate(main, client, 6, engine) == [1] * 6
 
 
 def test_workers_say_what_they_did_as_long_as_somebody_asks(engine, monkeypatch):

@@ -335,13 +335,13 @@ class RayEngine:
             assert actor.link is not None
             sent, busy = self._queue[0], bool(actor.tasks)
             actor.tasks.append(sent)  # before it is sent: where Ctrl-C comes between, the answer is not a stranger's
+            taken = False
             try:
                 taken = actor.link.send(sent.task, busy=busy)
-            except BaseException:
-                actor.tasks.pop()
-                raise
+            finally:
+                if not taken:
+                    actor.tasks.pop()
             if not taken:
-                actor.tasks.pop()
                 return
             self._queue.popleft()
 
