@@ -27,12 +27,14 @@ KEEP = 2  # checkpoints of a strategy
 
 METRICS, FINAL, CONFIG, PARTITION = "metrics.jsonl", "final.safetensors", "config.toml", "partition.json"
 LOCK = ".lock"
+CLIENTS = "clients"  # beside a strategy's checkpoints: what its clients keep
+STATE_SUFFIX = ".state"  # of a client's, `<partition id>-<number>.state`
 
 _LOG = logging.getLogger("fedwsa")
 
 
 class RunFolderError(RunError):
-    """Something in a run folder that cannot be read or written; the message is one line with the path."""
+    """Something in a run folder, or in its place, that cannot be read or written; one line with the path."""
 
 
 class FolderInUseError(UsageError):
@@ -45,7 +47,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(path, content)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def remove(path: Path) -> None:
@@ -119,12 +121,12 @@ def sha256(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A strategy's run after a round: the model, the strategy's and the clients' states, where metrics.jsonl ended."""
+    """A strategy's run after a round: the model, the strategy's state, clients' files, where metrics.jsonl ended."""
 
     server_round: int
     model: dict[str, Tensor]
     strategy_state: dict[str, Tensor]
-    client_states: dict[str, Tensor]  # by partition id
+    client_states: dict[int, Path]  # by partition id
     metrics_bytes: int
 
 
@@ -136,6 +138,7 @@ class StrategyFolder:
         self.metrics = path / METRICS
         self.final = path / FINAL
         self.checkpoints = path / "checkpoints"
+        self.clients = self.checkpoints / CLIENTS
 
     def record(self, event: Mapping[str, Any]) -> None:
         """Append one event as one line."""
@@ -144,24 +147,43 @@ class StrategyFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
         except OSError as error:
-            raise _unwritable(self.metrics, error) from error
+            raise unwritable(self.metrics, error) from error
 
     def save_checkpoint(
         self,
         server_round: int,
         model: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        client_states: Mapping[str, Tensor] | None = None,
+        client_states: Mapping[str, int] | None = None,
     ) -> None:
-        """One safetensors file whose metadata hold the JSON part: the two cannot come apart."""
-        header = {"round": server_round, "metrics-bytes": self._sync_metrics()}
+        """One safetensors file whose metadata hold the JSON part: the two cannot come apart.
+
+        client_states: files in `clients` and their bytes; they stay until the last checkpoint that counts on them goes.
+        """
+        header = {"round": server_round, "metrics-bytes": self._sync_metrics(), CLIENTS: dict(client_states or {})}
         tensors = {f"model/{name}": tensor for name, tensor in model.items()}
         tensors |= {f"strategy/{name}": tensor for name, tensor in state.items()}
-        tensors |= {f"client/{name}": tensor for name, tensor in (client_states or {}).items()}
         path = self.checkpoints / f"round-{server_round:06d}.safetensors"
         write_atomically(path, _saved(tensors, {"checkpoint": json.dumps(header)}))
-        for old in sorted(self.checkpoints.glob("round-*.safetensors"))[:-KEEP]:
+        for old in self._checkpoints()[:-KEEP]:
             remove(old)
+        self._remove_old_states()
+
+    def _checkpoints(self) -> list[Path]:
+        """The oldest first."""
+        return sorted(self.checkpoints.glob("round-*.safetensors"))
+
+    def _remove_old_states(self) -> None:
+        """Those that no checkpoint counts on; none where one cannot be read, which might."""
+        if not self.clients.is_dir():
+            return
+        try:
+            counted_on = {name for path in self._checkpoints() for name in _header(path).get(CLIENTS, {})}
+        except Exception:  # whatever damaged bytes lead to
+            return
+        for file in self.clients.glob(f"*{STATE_SUFFIX}"):
+            if file.name not in counted_on:
+                remove(file)
 
     def resume(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, with metrics.jsonl cut back to its moment; None: start anew.
@@ -169,11 +191,13 @@ class StrategyFolder:
         A damaged one is passed over with a warning: those before it lead to the same model. RunFolderError if none
         is whole.
         """
-        paths = sorted(self.checkpoints.glob("round-*.safetensors"), reverse=True)
+        paths = self._checkpoints()[::-1]
         for path in paths:
             try:
                 checkpoint = read_checkpoint(path)
+                self._check_states(path)
                 self._cut_metrics(checkpoint.metrics_bytes)
+                self._remove_old_states()
                 return checkpoint
             except OSError as error:
                 raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -182,6 +206,7 @@ class StrategyFolder:
         if paths:
             raise RunFolderError(f"{self.checkpoints}: no checkpoint is whole; delete {self.path} to begin it anew")
         remove(self.metrics)
+        self._remove_old_states()
         return None
 
     def save_final(self, model: Mapping[str, Tensor]) -> None:
@@ -189,6 +214,7 @@ class StrategyFolder:
         if self.metrics.exists():
             self._sync_metrics()
         write_atomically(self.final, _saved(model))
+        self._remove_old_states()
 
     def _sync_metrics(self) -> int:
         """Bytes of metrics.jsonl, all of them on the disk now: a checkpoint must not outlive what it counts on."""
@@ -197,7 +223,13 @@ class StrategyFolder:
                 os.fsync(file.fileno())
                 return file.tell()
         except OSError as error:
-            raise _unwritable(self.metrics, error) from error
+            raise unwritable(self.metrics, error) from error
+
+    def _check_states(self, checkpoint: Path) -> None:
+        for name, size in _header(checkpoint).get(CLIENTS, {}).items():
+            file = self.clients / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise ValueError(f"{file} is not what it was at this checkpoint")
 
     def _cut_metrics(self, size: int) -> None:
         with self.metrics.open("ab") as file:
@@ -206,7 +238,8 @@ class StrategyFolder:
             file.truncate(size)
 
 
-def _unwritable(path: Path, error: OSError) -> RunFolderError:
+def unwritable(path: Path, error: OSError) -> RunFolderError:
+    """What to say of a file that the system does not take."""
     return RunFolderError(f"{path}: cannot be written: {error.strerror or error}")
 
 
@@ -222,13 +255,23 @@ def _saved(tensors: Mapping[str, Tensor], header: dict[str, str] | None = None) 
     return save(own, header)  # it refuses tensors that share memory
 
 
+def _header(checkpoint: Path) -> dict[str, Any]:
+    with safe_open(checkpoint, framework="pt") as file:
+        header: dict[str, Any] = json.loads(file.metadata()["checkpoint"])
+    return header
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """What `save_checkpoint` wrote; raises whatever damaged bytes lead to."""
+    header = _header(path)
     with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "strategy": {}, "client": {}}
+    if any(name.startswith("client/") for name in tensors):
+        raise ValueError("written by an earlier version, with what clients keep inside")
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "strategy": {}}
     for name, tensor in tensors.items():
         part, _, own_name = name.partition("/")
         parts[part][own_name] = tensor
-    return Checkpoint(header["round"], parts["model"], parts["strategy"], parts["client"], header["metrics-bytes"])
+    files = [path.parent / CLIENTS / name for name in header.get(CLIENTS, {})]
+    client_states = {int(file.name.partition("-")[0]): file for file in files}
+    return Checkpoint(header["round"], parts["model"], parts["strategy"], client_states, header["metrics-bytes"])

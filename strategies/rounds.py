@@ -17,7 +17,7 @@ from fedwsa.config import Config
 from fedwsa.errors import RunError
 from fedwsa.run_folder import RunFolderError, StrategyFolder
 from fedwsa.simulation.grid import SimulationGrid
-from fedwsa.simulation.states import pack_states, unpack_states
+from fedwsa.simulation.states import ClientStates
 from fedwsa.tracing import span
 from strategies.gate import Gate
 from strategies.sampling import TooFewClientsError
@@ -48,6 +48,8 @@ class Rounds:
         """From round 1, or from after the last checkpoint; at the end `final.safetensors` stands."""
         self._check_state()
         checkpoint = self.folder.resume()
+        if isinstance(self.grid, SimulationGrid):
+            self.grid.keep_states(ClientStates(self.folder.clients, checkpoint.client_states if checkpoint else None))
         if checkpoint is None:
             last_round, arrays = 0, pack(initial)
             self._record({"round": 0, **self.evaluate(arrays)})
@@ -61,9 +63,7 @@ class Rounds:
             last_round = checkpoint.server_round
             arrays = pack({name: checkpoint.model[name] for name in initial})  # in the model's own order
             self.strategy.load_state(checkpoint.strategy_state)
-        if isinstance(self.grid, SimulationGrid):
-            self.grid.states = unpack_states(checkpoint.client_states) if checkpoint else {}
-        elif checkpoint:
+        if checkpoint and not isinstance(self.grid, SimulationGrid):
             _LOG.warning(
                 "%s goes on after round %d, and its clients without what they kept: Flower gives them an empty "
                 "Context.state in each run",
@@ -78,10 +78,17 @@ class Rounds:
                 by_clients = self._evaluate_clients(server_round, result)
                 self._record({"round": server_round, **(by_clients or self.evaluate(result))})
             if server_round % self.config.checkpoint_every == 0:
-                states = pack_states(self.grid.states) if isinstance(self.grid, SimulationGrid) else {}
                 with span("record"):
+                    states = self._client_states()
                     self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state(), states)
         self.folder.save_final(unpack(self.strategy.result(arrays)))
+
+    def _client_states(self) -> dict[str, int]:
+        """The files of what clients keep, none of them on the way; real clients keep theirs themselves."""
+        if not isinstance(self.grid, SimulationGrid):
+            return {}
+        self.grid.finish()
+        return self.grid.states.synced()
 
     def _check_state(self) -> None:
         """Before the first round, not at the first checkpoint."""

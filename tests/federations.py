@@ -21,7 +21,7 @@ from fedwsa import messages, models
 from fedwsa.arrays import pack, view
 from fedwsa.config import Config
 from fedwsa.scope import WeightScope
-from fedwsa.simulation import simulate
+from fedwsa.simulation import simulate, states
 from fedwsa.simulation.engine import InProcessEngine, Job, Population, answer, identify
 from fedwsa.simulation.grid import SimulationGrid
 from strategies import Holdout
@@ -188,7 +188,7 @@ def ask(
     message = Message(content, dst_node_id=1, message_type=kind)
     if node_config is None:
         population = Population(client_app, config.num_clients, config.to_run_config())
-        reply = answer(population, Job(message, client, RecordDict())).reply
+        reply = answer(population, Job(message, client)).reply
     else:
         context = Context(1, 1, dict(node_config), RecordDict(), config.to_run_config())
         reply = client_app(message, context)
@@ -213,10 +213,11 @@ def train_one(
     entries = {messages.SERVER_ROUND: server_round, messages.VERSION: messages.SCHEMA_VERSION, **settings}
     message = Message(RecordDict({**arrays, "config": ConfigRecord(entries)}), dst_node_id=1, message_type="train")
     population = Population(client_app, config.num_clients, config.to_run_config())
-    given = answer(population, Job(message, client, state))
+    before = states.pack(state or RecordDict())
+    given = answer(population, Job(message, client, before))
     if given.reply.has_error():
         raise RuntimeError(given.reply.error.reason.strip().splitlines()[-1])
-    return given.reply.content, given.state
+    return given.reply.content, states.unpack(before if given.state is None else given.state)
 
 
 def alignment_towards(factor: float, model: Mapping[str, Tensor], **options: Any) -> messages.Alignment:

@@ -20,7 +20,7 @@ from fedwsa.evaluation import evaluate
 from fedwsa.run_folder import StrategyFolder
 from fedwsa.scope import measure
 from fedwsa.seeding import torch_generator, torch_seed
-from fedwsa.simulation.states import unpack_states
+from fedwsa.simulation.states import ClientStates
 from strategies import LocalOnly
 
 State = dict[str, torch.Tensor]
@@ -68,7 +68,7 @@ def test_clients_go_on_with_their_own_models_and_the_server_keeps_the_start(batc
     own, folder = trained_alone(config, seen), StrategyFolder(tmp_path / "local-only")
     rounds = [sum((m.kind, m.client) == ("train", client) for m in seen) for client in range(6)]
     assert (min(rounds), max(rounds)) == (0, 2)
-    states = unpack_states(folder.resume().client_states)
+    states = ClientStates(files=folder.resume().client_states)
     assert states.keys() == own.keys()
     for client, state in states.items():
         assert same(unpack(state["batch-norm local-only"]), own[client])
@@ -161,7 +161,7 @@ def test_one_client_by_itself_is_all_there_is(tmp_path: Path):
     run(tiny(strategies=names, **options), tmp_path)
     fedavg, central = ((tmp_path / name / "final.safetensors").read_bytes() for name in names[:2])
     assert fedavg == central
-    states = unpack_states(StrategyFolder(tmp_path / "local-only").resume().client_states)
+    states = ClientStates(files=StrategyFolder(tmp_path / "local-only").resume().client_states)
     assert same(unpack(states[0]["batch-norm local-only"]), load_file(tmp_path / "fedavg" / "final.safetensors"))
     ends = [lines(tmp_path / name / "metrics.jsonl")[-1]["metrics"] for name in names]
     assert ends[0] == ends[1] == ends[2]

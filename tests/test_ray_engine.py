@@ -657,13 +657,14 @@ def test_a_worker_that_cannot_send_its_answer_closes_the_connection():
 
     @client.train()
     def train(message, context):
-        context.state["odd"] = ArrayRecord()
-        context.state["odd"]["odd"] = Odd(np.zeros(1))
-        return reply(message, value=0)
+        answer = reply(message, value=0)
+        answer.content["odd"] = ArrayRecord()
+        answer.content["odd"]["odd"] = Odd(np.zeros(1))
+        return answer
 
     message = Message(RecordDict(), 1000, "train")
     end.send((cloudpickle.dumps(Population(client, 1, {})), [], False), {})
-    end.send(Packed(None, [message.content], [(message.metadata, 0, 0, None)]), {}, Expected("one", 0))
+    end.send(Packed(None, [message.content], [(message.metadata, 0, 0, None, "")]), {}, Expected("one", 0))
     with pytest.raises(AttributeError, match="Can't pickle local object"):
         worker.serve()
     with pytest.raises(EOFError):

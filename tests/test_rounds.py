@@ -210,7 +210,7 @@ def test_evaluations_and_checkpoints_by_their_own_rhythm(tmp_path, monkeypatch):
         *((5, phase) for phase in ("train", "evaluate-clients", "evaluate-server")),
     ]
     names = sorted(path.name for path in (tmp_path / "whole" / "scaffold" / "checkpoints").iterdir())
-    assert names == ["round-000002.safetensors", "round-000004.safetensors"]
+    assert names == ["clients", "round-000002.safetensors", "round-000004.safetensors"]
 
     record = StrategyFolder.record
 

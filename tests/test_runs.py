@@ -29,8 +29,15 @@ from strategies.server_app import make_app
 pytestmark = pytest.mark.process
 
 FEDWSA = Path(sys.executable).parent / "fedwsa"
-STRATEGIES = ("fedavg", "fedavg-wsa", "np-merge")
-VALUES = {"num-clients": 6, "cohort": 3, "evaluation-cohort": 3, "local-epochs": 1, "rounds": 4}
+STRATEGIES = ("fedavg", "scaffold-wsa", "np-merge")  # one whose clients keep something
+VALUES = {
+    "strategies": ",".join(STRATEGIES),
+    "num-clients": 6,
+    "cohort": 3,
+    "evaluation-cohort": 3,
+    "local-epochs": 1,
+    "rounds": 4,
+}
 SMALL = [f"--set={key}={value}" for key, value in VALUES.items()]
 
 # The command, except that every client runs on Ray's workers: it would begin in its own process until they are up.
@@ -283,7 +290,7 @@ def test_ctrl_c_in_the_middle_of_clients_on_ray(tmp_path: Path) -> None:
     shared_memory = set(os.listdir("/dev/shm"))
     first = tmp_path / "run/fedavg/checkpoints/round-000001.safetensors"
     (tmp_path / "stuck.py").write_text(STUCK.format(first=str(first), folder=str(tmp_path)))
-    arguments = ["run", *SMALL, "--strategies=fedavg", "--set=model=stuck:Stuck", "--set=workers=2", "--out=run"]
+    arguments = ["run", *SMALL, "--set=model=stuck:Stuck", "--set=workers=2", "--out=run"]
     terminal = Terminal([sys.executable, "-c", ON_RAY, *arguments], tmp_path, columns=100)
     before = termios.tcgetattr(terminal.file)
     terminal.read_until(lambda: len(list(tmp_path.glob("training-*"))) == 2)
@@ -404,7 +411,7 @@ def test_terminal(tmp_path: Path) -> None:
     assert written.index("\x1b[?25l") < written.index("\x1b[?25h")
     shown = ESCAPES.sub("", written).replace("\r", "\n").splitlines()
     frames = [line for line in shown if "━" in line]
-    assert any(re.fullmatch(r"α = 0.1, seed 1: fedavg-wsa +━+ +4/4 +\d+\.\d% *", line) for line in frames)
+    assert any(re.fullmatch(r"α = 0.1, seed 1: scaffold-wsa +━+ +4/4 +\d+\.\d% *", line) for line in frames)
     assert any(re.fullmatch(r"all rounds +━+ +2\d/24 +ETA \d+ s *", line) for line in frames)
     assert not any("ETA" in line for line in frames if "all rounds" not in line)
     last = ESCAPES.sub("", written[written.rindex("━", 0, written.index("\x1b[?25h")) :])

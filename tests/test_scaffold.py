@@ -32,6 +32,7 @@ from clients.training import mean_gradient
 from fedwsa import messages, models
 from fedwsa.arrays import pack, unpack
 from fedwsa.config import ConfigError, parse
+from fedwsa.run_folder import StrategyFolder
 from fedwsa.seeding import torch_generator, torch_seed
 from fedwsa.simulation import open_engine, simulate
 from strategies import FedAvg, Scaffold, build
@@ -350,6 +351,10 @@ def test_the_fold_gives_the_same_bits_as_the_server_alone(tmp_path):
             for each in ("folded", "alone")
         )
         assert all(torch.equal(one[key], other[key]) for key in one)
+        kept = [StrategyFolder(tmp_path / each / name).resume().client_states for each in ("folded", "alone")]
+        assert len(kept[0]) > 10
+        assert kept[0].keys() == kept[1].keys()
+        assert all(path.read_bytes() == kept[1][client].read_bytes() for client, path in kept[0].items())
 
 
 @pytest.mark.process

@@ -2,7 +2,6 @@
 
 import gc
 import os
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -14,14 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedwsa.arrays import record_of, view
-from fedwsa.simulation import lending, shared_memory
+from fedwsa.simulation import shared_memory
 from fedwsa.simulation.engine import Answer, Job, Outcome, Task, identify
 from fedwsa.simulation.lending import LENT_BLOCKS, Expected, Pool
 from fedwsa.simulation.links import ObjectStoreLink, SharedMemory, SharedMemoryLink, WorkerDiedError
 from fedwsa.simulation.shared_memory import SEEN, Sent, ServerEnd, WorkerEnd
+from fedwsa.simulation.states import Kept
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -65,47 +65,12 @@ def memory_descriptors() -> int:
     return sum("memfd:fedwsa" in each for each in open_descriptors())
 
 
-def task(content: RecordDict, state: RecordDict | None = None, make: Any = None) -> Task:
+def task(content: RecordDict, state: Kept | None = None, make: Any = None) -> Task:
     identify()
     return Task([Job(Message(content, 1000, "train"), 0, state)], make)
 
 
 # ---- what the server keeps
-
-
-@pytest.mark.parametrize("size", [80, 1 << 16], ids=["small", "large"])
-@pytest.mark.parametrize("scarce", [False, True], ids=["in its block", "copied out"])
-def test_a_state_that_is_kept_holds_nothing_else_of_the_answer(
-    size: int, scarce: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if scarce:
-        monkeypatch.setattr(lending, "LENT_BYTES", 0)
-    link, worker = linked()
-    pool, memories = link.end.pool, []
-    link.end.send("a value", {}, Expected("answers", 2 * LARGE))
-    pool.least = 0 if scarce else pool.least
-    take = pool.take
-
-    def watched(number: int, size: int) -> Any:
-        memory = take(number, size)
-        memories.append(weakref.ref(memory))
-        assert (number in pool.free) == scarce
-        return memory
-
-    monkeypatch.setattr(pool, "take", watched)
-    worker.receive()
-    kept = record_of({"numbers": np.arange(size // 8.0), "turned": np.asfortranarray(np.ones((2, size // 16)))})
-    kept["flowers"] = Array(np.ones(3))
-    state = RecordDict({"kept": kept, "config": ConfigRecord({"seen": 1})})
-    worker.send(Outcome([Answer("one", None, state), Answer("two", None, None)]))
-    (outcome,) = link.receive()
-    given = outcome.answers[0].state
-    del outcome
-    assert given is not None
-    assert memories
-    assert all(memory() is None for memory in memories)
-    assert pool.free == list(pool.blocks)
-    assert given.object_id == state.object_id
 
 
 def test_a_small_array_of_an_answer_holds_no_block_and_a_large_one_is_not_copied() -> None:
@@ -165,21 +130,6 @@ def elsewhere() -> tuple[ObjectStoreLink, Future[Outcome]]:
     link = ObjectStoreLink(Handle(future), set())
     assert link.send(task(RecordDict()), busy=False)
     return link, future
-
-
-def test_a_state_from_elsewhere_is_kept_in_memory_of_its_own() -> None:
-    """Ray's view would hold all of the outcome, replies and all, in its object store."""
-    link, future = elsewhere()
-    came = numbers(1 << 16, 3.0)
-    memory = view(came["numbers"])
-    future.set_result(Outcome([Answer("answer", None, RecordDict({"kept": came}))]))
-    (outcome,) = link.receive()
-    (answer,) = outcome.answers
-    assert answer.state is not None
-    kept = answer.state["kept"]
-    assert isinstance(kept, ArrayRecord)
-    assert not np.shares_memory(view(kept["numbers"]), memory)
-    assert first(kept) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -297,7 +247,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "many small records": lambda: task(many_records()),
     "a record without memory": lambda: task(RecordDict({"arrays": numbers(LARGE)})),
     "long texts in a list": lambda: task(RecordDict({"config": ConfigRecord({"texts": ["x" * LARGE] * 2})})),
-    "what the client keeps": lambda: task(RecordDict(), RecordDict({"kept": numbers(LARGE)})),
+    "what the client keeps": lambda: task(RecordDict(), bytes(LARGE)),
     "the fold": lambda: task(RecordDict(), None, Make()),
 }
 
@@ -334,12 +284,11 @@ def test_a_small_task_or_one_whose_records_are_there_goes_to_a_busy_worker() -> 
     for sent in content.values():  # as many as one message may carry to a busy one, and then all of them
         assert link.send(task(RecordDict({"arrays": sent})), busy=True)
         worker.receive()
-    state = RecordDict({"kept": numbers(80), "config": ConfigRecord({"seen": [1] * 100})})
     few = RecordDict({"arrays": sent, "config": ConfigRecord({"rate": 0.5})})
-    assert link.send(task(few, state), busy=True)
+    assert link.send(task(few, "a file"), busy=True)
     packed, records = worker.receive()
     assert len(records) == 1
-    assert packed.jobs[0][3].object_id == state.object_id
+    assert packed.jobs[0][3] == "a file"
 
 
 # ---- the socket

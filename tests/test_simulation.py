@@ -266,9 +266,10 @@ def test_an_interrupted_client_is_asked_again():
     assert federate(main, client) == [0, 1, 2, 3]
 
 
-def test_a_state_that_is_none_is_the_clients_error():
+@pytest.mark.parametrize("state", [None, {}, {"config": 1}])
+def test_a_state_that_is_none_is_the_clients_error(state):
     def client(message, context):
-        context.state = {"config": 1}
+        context.state = state
         return name(message, context)
 
     def main(grid):

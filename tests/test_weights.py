@@ -64,7 +64,7 @@ def test_scheme_and_seed_decide_the_initial_model_of_a_run(tmp_path: Path):
 
 def test_model_of_a_checkpoint(tmp_path: Path):
     folder = StrategyFolder(tmp_path)
-    folder.save_checkpoint(3, initial_model(1), {"target": torch.ones(2)}, {"0": torch.ones(1)})
+    folder.save_checkpoint(3, initial_model(1), {"target": torch.ones(2)}, {"0-1.state": 7})
     read = weights.read(tmp_path / "checkpoints/round-000003.safetensors")
     assert read.keys() == initial_model(1).keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in initial_model(1).items())

@@ -34,7 +34,7 @@ from fedwsa.run_folder import CONFIG, StrategyFolder, read_checkpoint
 from fedwsa.scope import is_layer, moments
 from fedwsa.simulation import simulate
 from fedwsa.simulation.grid import SimulationGrid
-from fedwsa.simulation.states import unpack_states
+from fedwsa.simulation.states import ClientStates
 from strategies.gate import Gate
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def clients_of(folder: Path, config: Config, name: str, server_round: int) -> li
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         assert isinstance(grid, SimulationGrid)
-        grid.states = unpack_states(checkpoint.client_states)
+        grid.keep_states(ClientStates(files=checkpoint.client_states))  # new ones are not written there
         settings = ConfigRecord({messages.STRATEGY: name})
         for reply in grid.send_and_receive(strategy.configure_train(server_round, arrays, settings, grid)):
             found.append(unpack(messages.arrays_of(reply)))

@@ -14,7 +14,9 @@ from flwr.app.message.message import make_message
 from flwr.clientapp import ClientApp
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedwsa.simulation import states
 from fedwsa.simulation.folding import Fold, MakeFold, Tree
+from fedwsa.simulation.states import Kept
 from fedwsa.tracing import Slice, span
 
 CLIENT_APP_RAISED, CLIENT_APP_CRASHED = 2, 8  # Flower's error codes
@@ -34,11 +36,15 @@ class Population:
 
 @dataclass(slots=True)
 class Job:
-    """One message for one client, and the client's state of the rounds before (None: it has none)."""
+    """One message for one client.
+
+    state: what it kept from the rounds before (None: nothing). place: the file for what it keeps now; empty: none.
+    """
 
     message: Message
     partition_id: int
-    state: RecordDict | None = None
+    state: Kept | None = None
+    place: str = ""
 
 
 @dataclass(slots=True)
@@ -61,22 +67,26 @@ class Task:
 
 @dataclass(slots=True)
 class Answer:
-    """A client's reply (or an error in its place; None if it was folded), and its state after it."""
+    """A client's reply (or an error in its place; None if it was folded), and its state if that is another now."""
 
     message_id: str
     reply: Message | None
-    state: RecordDict | None
+    state: Kept | None = None
     seconds: float = 0.0  # that the client app took
 
 
 @dataclass(slots=True)
 class Outcome:
-    """The answers of a task or of a part of it, and their fold where the task asked for one."""
+    """The answers of a task or of a part of it, and their fold where the task asked for one.
+
+    fault: why there are none, which the run cannot go on from; empty if all is well.
+    """
 
     answers: list[Answer]
     fold: Fold | None = None
     worker: str = ""  # which did it, and what it did since it last said so; empty unless that is asked for
     slices: list[Slice] = field(default_factory=list)
+    fault: str = ""
 
 
 class Engine(Protocol):
@@ -115,33 +125,37 @@ def identify() -> None:
 
 
 def answer(population: Population, job: Job) -> Answer:
-    """Let the client app answer; what it raises becomes an error reply with the traceback."""
+    """Let the client app answer; what it raises becomes an error reply with the traceback.
+
+    Raises RunFolderError where what it keeps cannot be read.
+    """
     metadata = job.message.metadata
-    context = Context(
-        run_id=metadata.run_id,
-        node_id=metadata.dst_node_id,
-        node_config={"partition-id": job.partition_id, "num-partitions": population.num_clients},
-        state=RecordDict() if job.state is None else own_content(job.state),
-        run_config=dict(population.run_config),
-    )
     message = make_message(metadata, own_content(job.message.content))
+    before = states.read(job.state)
     start, threads = time.perf_counter(), torch.get_num_threads()
     try:
+        context = Context(
+            run_id=metadata.run_id,
+            node_id=metadata.dst_node_id,
+            node_config={"partition-id": job.partition_id, "num-partitions": population.num_clients},
+            state=states.unpack(before),
+            run_config=dict(population.run_config),
+        )
         with span(metadata.message_type.partition(".")[0]):
             reply = population.app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
         if reply.has_content():  # nothing of it is the app's, the state's or another reply's too
             reply.content = own_content(reply.content)
-        state = own_content(context.state)
+        after = states.pack(context.state)
+        state = None if after == before else states.write(job.place, after)
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
-        state = own_content(job.state or RecordDict())  # half of what it kept is nothing that it could go on from
+        state = None  # half of what it kept is nothing that it could go on from
     finally:
         if torch.get_num_threads() != threads:  # the next client of this worker must not depend on who was before it
             torch.set_num_threads(threads)
-    kept = state if state or job.state is not None else None
-    return Answer(metadata.message_id, reply, kept, time.perf_counter() - start)
+    return Answer(metadata.message_id, reply, state, time.perf_counter() - start)
 
 
 def perform(population: Population, task: Task) -> Outcome:

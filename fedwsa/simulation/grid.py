@@ -14,10 +14,12 @@ from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.run import Run
 
 from fedwsa import tracing
-from fedwsa.simulation.engine import Answer, Engine, Job, Task, own_content
+from fedwsa.run_folder import RunFolderError
+from fedwsa.simulation.engine import Answer, Engine, Job, Outcome, Task, own_content
 from fedwsa.simulation.folding import Fold, MakeFold, Tree
 from fedwsa.simulation.schedule import Durations
 from fedwsa.simulation.sending import Replies, Sending
+from fedwsa.simulation.states import ClientStates
 from fedwsa.simulation.turns import Turns
 from fedwsa.tracing import span
 
@@ -50,7 +52,7 @@ class SimulationGrid(Grid):
         self.num_clients = num_clients
         self.workers = engine.workers
         self.durations = Durations(client_sizes)
-        self.states: dict[int, RecordDict] = {}  # of the clients that keep any, by partition id
+        self.states = ClientStates()
         self._run = Run.create_empty(run_id=1)
         self._on_the_way: dict[str, _OnTheWay] = {}  # by message id, until the answer is there
         self._due: dict[int, list[str]] = {}  # by partition id; the first of each is with the engine
@@ -58,6 +60,7 @@ class SimulationGrid(Grid):
         self._open: list[Sending] = []
         self._pushed = 0  # on the way
         self._closed = False
+        self._failed: RunFolderError | None = None  # what clients keep could not be read or written
         self._thread = threading.get_ident()
         self._turns = Turns(lambda: self.receive(None), lambda: self._pushed > 0, engine.wake)
 
@@ -187,15 +190,24 @@ class SimulationGrid(Grid):
                 sending.finish()
             self._open.clear()
 
+    def keep_states(self, states: ClientStates) -> None:
+        """What clients keep from now on, instead of what they kept."""
+        self.finish()
+        self.states.close()
+        self.states = states
+
     def close(self) -> None:
         """Nothing goes out or comes in any more."""
         self._closed = True
         self._turns.close()
+        self.states.close()
 
     def _check_open(self) -> None:
         """A thread that the ServerApp has left behind must not use the engine, which may have begun another."""
         if self._closed:
             raise RuntimeError("the simulation has ended: nothing can be sent or received any more")
+        if self._failed:
+            raise self._failed
 
     def _numbered(self, messages: Iterable[Message]) -> list[Message]:
         """Copies with ids: clients get what the ServerApp sent, whatever it changes before they start."""
@@ -241,9 +253,12 @@ class SimulationGrid(Grid):
 
     def _submit(self, message_ids: list[str]) -> None:
         going = [self._on_the_way[message_id] for message_id in message_ids]
-        jobs = [Job(each.message, each.partition_id, self.states.get(each.partition_id)) for each in going]
+        jobs = [self._job(each.message, each.partition_id) for each in going]
         seconds = [self.durations.seconds(each.partition_id, each.message.metadata.message_type) for each in going]
         self.engine.submit(Task(jobs, going[0].make, sum(each or 0.0 for each in seconds)))
+
+    def _job(self, message: Message, partition_id: int) -> Job:
+        return Job(message, partition_id, self.states.path(partition_id), self.states.place(partition_id))
 
     def give_up(self, message_ids: set[str]) -> None:
         """Expect no reply to these any more."""
@@ -276,8 +291,16 @@ class SimulationGrid(Grid):
         False where nothing has.
         """
         self._check_open()
-        with span("dispatch"):
-            outcomes = self.engine.collect(timeout)
+        try:
+            with span("dispatch"):
+                outcomes = self.engine.collect(timeout)
+            self._take(outcomes)
+        except RunFolderError as error:  # answers are lost
+            self._failed = error
+            raise
+        return bool(outcomes)
+
+    def _take(self, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             tracing.keep(outcome.worker, outcome.slices)
             settled = [each for answer in outcome.answers if (each := self._settle(answer))]
@@ -285,7 +308,6 @@ class SimulationGrid(Grid):
                 first = settled[0]
                 assert first.sending is not None
                 first.sending.arrived(first.position, len(outcome.answers), outcome.fold)
-        return bool(outcomes)
 
     def _settle(self, answer: Answer) -> _OnTheWay | None:
         """A client has answered; None if its message was given up in the meantime."""
@@ -293,7 +315,7 @@ class SimulationGrid(Grid):
         if known is None:
             return None
         if answer.state is not None:
-            self.states[known.partition_id] = answer.state
+            self.states.take(known.partition_id, answer.state)
         if answer.seconds:  # else it was given up
             self.durations.learn(known.partition_id, known.message.metadata.message_type, answer.seconds)
         if answer.reply is not None:

@@ -12,9 +12,9 @@ from typing import Any, Protocol, TypeVar
 import ray
 from flwr.app import ArrayRecord, RecordDict
 
-from fedwsa.arrays import NumpyArray, num_bytes
-from fedwsa.simulation import pickling
-from fedwsa.simulation.engine import Outcome, Task
+from fedwsa.arrays import NumpyArray
+from fedwsa.simulation import pickling, states
+from fedwsa.simulation.engine import Job, Outcome, Task
 from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.lending import Expected, Pool
 from fedwsa.simulation.shared_memory import Sent, ServerEnd
@@ -101,7 +101,7 @@ class _Packer:
                         records[number, key] = record
                         rest[key] = ArrayRecord()  # keeps its place
                 contents.append(rest)
-            jobs.append((job.message.metadata, number, job.partition_id, job.state))
+            jobs.append((job.message.metadata, number, job.partition_id, job.state, job.place))
         return Packed(self._pickled, contents, jobs), records
 
 
@@ -143,8 +143,6 @@ class SharedMemoryLink:
 
     def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
-        if busy and _state_bytes(task) > LARGE:  # would be found below too, but pickled each time
-            return False
         packed, records = self.shared.packer.pack(task)
         sent = {place: self.shared.sent(record) for place, record in records.items()}
         largest = max((one.size for one in sent.values()), default=0)
@@ -165,7 +163,6 @@ class SharedMemoryLink:
             raise
         except Exception as error:  # what a client calls an array, for one
             raise WorkerDiedError(f"its answer cannot be read: {error}") from error
-        _keep_states(outcome)
         return [outcome]
 
     def close(self) -> None:
@@ -205,7 +202,7 @@ class ObjectStoreLink:
 
     def send(self, task: Task, *, busy: bool) -> bool:
         """See Link."""
-        packed, records = self.packer.pack(task)
+        packed, records = self.packer.pack(_without_files(task))
         references = [self.recent.of(record, ray.put) for record in records.values()]
         future = self.handle.handle.remote(packed, list(records), *references).future()
         self.coming.add(future)
@@ -219,7 +216,6 @@ class ObjectStoreLink:
             outcome = self.done.popleft().result()
         except ray.exceptions.RayError as error:  # also what the worker raised, which ends one on this machine too
             raise WorkerDiedError(str(error)) from None
-        _keep_states(outcome)
         return [outcome]
 
     def close(self) -> None:
@@ -241,16 +237,7 @@ def pipe_of(owner: object) -> tuple[int, int]:
     return ends
 
 
-def _state_bytes(task: Task) -> int:
-    """Of the numbers that clients keep, which travel with the task."""
-    records = (record for job in task.jobs for record in (job.state or {}).values())
-    return sum(num_bytes(record) for record in records if isinstance(record, ArrayRecord))
-
-
-def _keep_states(outcome: Outcome) -> None:
-    """The server keeps states: in memory of their own, else each would hold the whole block that it came in."""
-    records = (record for answer in outcome.answers for record in (answer.state or {}).values())
-    for record in records:
-        for array in record.values() if isinstance(record, ArrayRecord) else ():
-            if isinstance(array, NumpyArray):
-                array.__dict__["_array"] = array.view().copy("K")  # as it lies, so that its bytes stay the same
+def _without_files(task: Task) -> Task:
+    """What clients keep travels with the task: another machine does not see the server's files."""
+    jobs = [Job(job.message, job.partition_id, states.read(job.state) or None) for job in task.jobs]
+    return Task(jobs, task.make, task.seconds)

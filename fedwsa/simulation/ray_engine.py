@@ -17,6 +17,7 @@ from flwr.app import Error, Message
 
 from fedwsa import tracing
 from fedwsa.errors import RunError
+from fedwsa.run_folder import RunFolderError
 from fedwsa.simulation import pickling
 from fedwsa.simulation.cluster import Resources, bring_up, count_workers, random_kept, shut_down
 from fedwsa.simulation.engine import CLIENT_APP_CRASHED, Answer, InProcessEngine, Outcome, Population, Task, without
@@ -288,6 +289,8 @@ class RayEngine:
         except WorkerDiedError as error:
             return self._crashed(actor, error)
         for outcome in outcomes:
+            if outcome.fault:
+                raise RunFolderError(outcome.fault)
             first = outcome.answers[0].message_id
             actor.tasks = deque(sent for sent in actor.tasks if sent.task.message_ids[0] != first)
         return outcomes
@@ -360,7 +363,7 @@ def _refused(task: Task, reason: str) -> Outcome:
     """An error reply in place of the one job's."""
     (job,) = task.jobs
     reply = Message(Error(CLIENT_APP_CRASHED, reason), reply_to=job.message)
-    given = Answer(job.message.metadata.message_id, reply, job.state)
+    given = Answer(job.message.metadata.message_id, reply)
     if task.make is None:
         return Outcome([given])
     part = task.make()

@@ -17,9 +17,11 @@ from flwr.clientapp import ClientApp
 from ray import cloudpickle
 
 from fedwsa import tracing
+from fedwsa.run_folder import RunFolderError
 from fedwsa.simulation.engine import Job, Outcome, Population, Task, identify, perform
 from fedwsa.simulation.folding import MakeFold
 from fedwsa.simulation.shared_memory import WorkerEnd, connect
+from fedwsa.simulation.states import Kept
 from fedwsa.tracing import span
 
 LOAD_CLIENT_APP = 1  # Flower's error code
@@ -36,7 +38,7 @@ class Packed(NamedTuple):
 
     make: bytes | None
     contents: list[RecordDict]
-    jobs: list[tuple[Metadata, int, int, RecordDict | None]]  # which content, which partition, the client's state
+    jobs: list[tuple[Metadata, int, int, Kept | None, str]]  # which content; the rest as in Job
 
 
 class Worker:
@@ -103,8 +105,8 @@ class Worker:
         for (number, key), record in zip(places, records, strict=True):
             packed.contents[number][key] = record
         jobs = [
-            Job(make_message(metadata, packed.contents[number]), partition_id, state)
-            for metadata, number, partition_id, state in packed.jobs
+            Job(make_message(metadata, packed.contents[number]), partition_id, state, place)
+            for metadata, number, partition_id, state, place in packed.jobs
         ]
         try:
             if self.population is None:
@@ -114,7 +116,10 @@ class Worker:
             population = Population(_Broken(traceback.format_exc()), 0, {})
         if packed.make != self.pickled:
             self.pickled, self.make = packed.make, None if packed.make is None else cloudpickle.loads(packed.make)
-        outcome = perform(population, Task(jobs, self.make))
+        try:
+            outcome = perform(population, Task(jobs, self.make))
+        except RunFolderError as error:
+            return Outcome([], fault=str(error))
         self._set_aside()
         if tracing.is_on():
             outcome.worker, outcome.slices = self.name, tracing.take()
