@@ -28,7 +28,7 @@ KEEP = 2  # checkpoints of a strategy
 METRICS, FINAL, CONFIG, PARTITION = "metrics.jsonl", "final.safetensors", "config.toml", "partition.json"
 LOCK = ".lock"
 CLIENTS = "clients"  # beside a strategy's checkpoints: what its clients keep
-STATE_SUFFIX = ".state"  # of a client's, `<partition id>-<number>.state`
+STATE_SUFFIX = ".state"  # of the files there, whose names begin with the partition id and "-"
 
 _LOG = logging.getLogger("fedwsa")
 
@@ -154,13 +154,13 @@ class StrategyFolder:
         server_round: int,
         model: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
-        client_states: Mapping[str, int] | None = None,
+        client_files: Mapping[str, int] | None = None,
     ) -> None:
         """One safetensors file whose metadata hold the JSON part: the two cannot come apart.
 
-        client_states: files in `clients` and their bytes; they stay until the last checkpoint that counts on them goes.
+        client_files: in `clients`, with their bytes; they stay until the last checkpoint that counts on them goes.
         """
-        header = {"round": server_round, "metrics-bytes": self._sync_metrics(), CLIENTS: dict(client_states or {})}
+        header = {"round": server_round, "metrics-bytes": self._sync_metrics(), CLIENTS: dict(client_files or {})}
         tensors = {f"model/{name}": tensor for name, tensor in model.items()}
         tensors |= {f"strategy/{name}": tensor for name, tensor in state.items()}
         path = self.checkpoints / f"round-{server_round:06d}.safetensors"
@@ -195,14 +195,14 @@ class StrategyFolder:
         for path in paths:
             try:
                 checkpoint = read_checkpoint(path)
-                self._check_states(path)
                 self._cut_metrics(checkpoint.metrics_bytes)
-                self._remove_old_states()
-                return checkpoint
             except OSError as error:
                 raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
             except Exception as error:  # whatever damaged bytes lead to
                 _LOG.warning("%s: passed over, since it is damaged (%s)", path, error)
+            else:
+                self._remove_old_states()
+                return checkpoint
         if paths:
             raise RunFolderError(f"{self.checkpoints}: no checkpoint is whole; delete {self.path} to begin it anew")
         remove(self.metrics)
@@ -224,12 +224,6 @@ class StrategyFolder:
                 return file.tell()
         except OSError as error:
             raise unwritable(self.metrics, error) from error
-
-    def _check_states(self, checkpoint: Path) -> None:
-        for name, size in _header(checkpoint).get(CLIENTS, {}).items():
-            file = self.clients / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise ValueError(f"{file} is not what it was at this checkpoint")
 
     def _cut_metrics(self, size: int) -> None:
         with self.metrics.open("ab") as file:
@@ -272,6 +266,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
     for name, tensor in tensors.items():
         part, _, own_name = name.partition("/")
         parts[part][own_name] = tensor
-    files = [path.parent / CLIENTS / name for name in header.get(CLIENTS, {})]
-    client_states = {int(file.name.partition("-")[0]): file for file in files}
+    client_states = {}
+    for name, size in header.get(CLIENTS, {}).items():
+        kept = path.parent / CLIENTS / name
+        if not kept.is_file() or kept.stat().st_size != size:
+            raise ValueError(f"{kept} is not what it was at this checkpoint")
+        client_states[int(name.partition("-")[0])] = kept
     return Checkpoint(header["round"], parts["model"], parts["strategy"], client_states, header["metrics-bytes"])

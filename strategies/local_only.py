@@ -19,7 +19,7 @@ class LocalOnly(FedAvg):
     """Every client goes on with its own model for ever, from the common start; nothing is combined.
 
     A client trains in the rounds in which FedAvg would draw it, so that both have had as many steps. Its model stays
-    with it (`clients.memory`, hence in the checkpoints); the server's, and `final.safetensors`, is the start for good.
+    with it (`clients.memory`); the server's, and `final.safetensors`, is the start for good.
     What is recorded as the server's evaluation is the plain mean, over the clients that evaluate, of the loss and
     accuracy of each one's own model on the whole test split; the clients' own evaluation is by their validation
     samples. Clients that never trained have the start. The scopes are those of the clients' models, so that `-wsa`

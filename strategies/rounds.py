@@ -79,12 +79,14 @@ class Rounds:
                 self._record({"round": server_round, **(by_clients or self.evaluate(result))})
             if server_round % self.config.checkpoint_every == 0:
                 with span("record"):
-                    states = self._client_states()
-                    self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state(), states)
+                    files = self._client_files()
+                    self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state(), files)
+        if isinstance(self.grid, SimulationGrid):
+            self.grid.finish()  # a client that has not answered yet may need a file that goes now
         self.folder.save_final(unpack(self.strategy.result(arrays)))
 
-    def _client_states(self) -> dict[str, int]:
-        """The files of what clients keep, none of them on the way; real clients keep theirs themselves."""
+    def _client_files(self) -> dict[str, int]:
+        """Of what clients keep, once no reply is missing; real clients keep it themselves."""
         if not isinstance(self.grid, SimulationGrid):
             return {}
         self.grid.finish()

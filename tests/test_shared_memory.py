@@ -67,7 +67,7 @@ def memory_descriptors() -> int:
 
 def task(content: RecordDict, state: Kept | None = None, make: Any = None) -> Task:
     identify()
-    return Task([Job(Message(content, 1000, "train"), 0, state)], make)
+    return Task([Job(Message(content, 1000, "train"), 0, state, "the next file")], make)
 
 
 # ---- what the server keeps
@@ -288,7 +288,7 @@ def test_a_small_task_or_one_whose_records_are_there_goes_to_a_busy_worker() -> 
     assert link.send(task(few, "a file"), busy=True)
     packed, records = worker.receive()
     assert len(records) == 1
-    assert packed.jobs[0][3] == "a file"
+    assert packed.jobs[0][3:] == ("a file", "the next file")
 
 
 # ---- the socket

@@ -5,13 +5,14 @@ import gc
 import os
 import tempfile
 import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from federations import finals, lines, run, tiny
+from federations import finals, grid_of, lines, run, tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -20,9 +21,10 @@ from safetensors.torch import save_file
 
 from clients.client_app import app as client_app
 from fedwsa.arrays import record_of
-from fedwsa.run_folder import RunFolderError, StrategyFolder
+from fedwsa.run_folder import RunFolderError, StrategyFolder, read_checkpoint
 from fedwsa.simulation import open_engine, simulate, states
 from fedwsa.simulation.states import ClientStates, pack, read, unpack, write
+from strategies import FedAvg
 from strategies.server_app import make_app
 
 
@@ -35,7 +37,7 @@ def state(number: float = 1.0) -> RecordDict:
 
 def put(kept: ClientStates, partition_id: int, number: float) -> Path:
     """What a worker does and the server then takes."""
-    kept.take(partition_id, write(kept.place(partition_id), pack(state(number))))  # the first comes as bytes
+    kept.take(partition_id, write(kept.next_file(partition_id), pack(state(number))))  # the first comes as bytes
     path = kept.path(partition_id)
     assert path is not None
     return Path(path)
@@ -105,33 +107,38 @@ def test_going_on_never_writes_over_what_is_there(tmp_path: Path) -> None:
 
 def test_what_was_given_up_and_what_follows_do_not_share_a_file(tmp_path: Path) -> None:
     kept = ClientStates(tmp_path)
-    assert len({kept.place(4) for _ in range(3)}) == 3
+    assert len({kept.next_file(4) for _ in range(3)}) == 3
+
+
+def test_who_goes_on_does_not_use_a_name_again_that_a_lost_file_had(tmp_path: Path) -> None:
+    """A checkpoint that was passed over for it would be whole again."""
+    lost = put(ClientStates(tmp_path), 4, 1.0)
+    lost.unlink()
+    assert put(ClientStates(tmp_path), 4, 1.0) != lost
 
 
 @pytest.mark.parametrize("there", [b"", b"of a worker that a server left behind"])
 def test_a_file_that_is_there_is_never_written_over(tmp_path: Path, there: bytes) -> None:
     """Of a task that is done again the first worker may still be at it."""
     kept = ClientStates(tmp_path)
-    place = kept.place(4)
-    Path(place).write_bytes(there)
-    following = tmp_path / "4-2.state"
-    following.write_bytes(there)
-    kept.take(4, write(place, pack(state(4.0))))
+    file = kept.next_file(4)
+    Path(file).write_bytes(there)
+    kept.take(4, write(file, pack(state(4.0))))
     assert kept[4].object_id == state(4.0).object_id
-    assert Path(place).read_bytes() == following.read_bytes() == there
+    assert Path(file).read_bytes() == there
 
 
 def test_where_the_client_could_not_write_the_server_does(tmp_path: Path) -> None:
     """As where the folder is not there yet: a worker that makes it could do so after the server has removed it."""
     kept = ClientStates(tmp_path / "kept")
-    came = write(kept.place(5), pack(state(5.0)))
+    came = write(kept.next_file(5), pack(state(5.0)))
     assert came == pack(state(5.0))
     assert not (tmp_path / "kept").exists()
     kept.take(5, came)
     assert kept[5].object_id == state(5.0).object_id
-    place = kept.place(5)
-    assert write(place, b"packed") == place
-    assert Path(place).read_bytes() == b"packed"
+    file = kept.next_file(5)
+    assert write(file, b"packed") == file
+    assert Path(file).read_bytes() == b"packed"
 
 
 def test_a_full_disk_keeps_no_half_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +163,20 @@ def test_one_that_is_gone_is_said(tmp_path: Path) -> None:
     kept = ClientStates(tmp_path)
     path = put(kept, 1, 1.0)
     path.unlink()
-    with pytest.raises(RunFolderError, match=r"1-1.state: cannot be read: No such file or directory$"):
+    for look in (lambda: kept[1], kept.synced):
+        with pytest.raises(RunFolderError) as caught:
+            look()
+        assert str(caught.value) == f"{path}: cannot be read: No such file or directory"
+
+
+def test_damaged_bytes_are_said(tmp_path: Path) -> None:
+    kept = ClientStates(tmp_path)
+    path = put(kept, 1, 1.0)
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(RunFolderError) as caught:
         kept[1]
-    with pytest.raises(RunFolderError, match=r"1-1.state: cannot be written: No such file or directory$"):
-        kept.synced()
+    assert str(caught.value).startswith(f"{path}: cannot be read: ")
+    assert "\n" not in str(caught.value)
 
 
 def test_every_new_file_is_on_the_disk_before_a_checkpoint_names_it(
@@ -231,18 +248,28 @@ def test_an_app_that_keeps_nothing_makes_no_folder(temporary: Path) -> None:
     assert found == []
 
 
-def test_a_temporary_folder_goes_with_a_grid_that_nobody_closes(temporary: Path) -> None:
+def test_a_temporary_folder_goes_and_does_not_come_back(temporary: Path) -> None:
     kept = ClientStates()
-    assert kept.place(1) == ""
+    assert kept.next_file(1) == ""
     put(kept, 1, 1.0)
     assert len(names(temporary)) == 1
-    place = kept.place(1)
+    file = kept.next_file(1)
     kept.close()
-    assert write(place, b"late") == b"late"
+    assert write(file, b"late") == b"late"
     assert names(temporary) == []
-    other = ClientStates()
-    put(other, 1, 1.0)
-    del other
+    kept.take(1, b"late")
+    assert len(names(temporary)) == 1
+    del kept
+    gc.collect()
+    assert names(temporary) == []
+
+
+def test_a_temporary_folder_goes_with_a_grid_that_nobody_closes(temporary: Path) -> None:
+    grid = grid_of(counting, 3)
+    content = RecordDict({"config": ConfigRecord({"keep": True})})
+    assert len(list(grid.send_and_receive([Message(content, node, "train") for node in grid.get_node_ids()]))) == 3
+    assert len(names(temporary)) == 1
+    del grid
     gc.collect()
     assert names(temporary) == []
 
@@ -285,7 +312,7 @@ def test_what_no_checkpoint_counts_on_goes(tmp_path: Path) -> None:
     folder = StrategyFolder(tmp_path)
     kept = ClientStates(folder.clients)
     (one,) = one_round(folder, kept, 1, [1])
-    orphan = Path(str(write(kept.place(9), b"of a client whose answer never came")))
+    orphan = Path(str(write(kept.next_file(9), b"of a client whose answer never came")))
     assert orphan.exists()
     (two, _) = one_round(folder, kept, 2, [1, 2])
     assert not orphan.exists()
@@ -331,6 +358,17 @@ def test_a_full_disk_is_not_filled_further_by_going_on(tmp_path: Path) -> None:
     assert names(folder.clients) == []
 
 
+def test_a_file_that_cannot_be_removed_costs_no_checkpoint(tmp_path: Path) -> None:
+    folder = StrategyFolder(tmp_path)
+    one_round(folder, ClientStates(folder.clients), 1, [1])
+    folder.record({"round": 2})
+    (folder.clients / "9-9.state").mkdir()
+    with pytest.raises(RunFolderError, match=r"9-9.state: cannot be removed: "):
+        folder.resume()
+    (folder.clients / "9-9.state").rmdir()
+    assert folder.resume() is not None
+
+
 def test_a_checkpoint_of_an_earlier_version_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = StrategyFolder(tmp_path)
     one_round(folder, ClientStates(folder.clients), 1, [])
@@ -371,8 +409,9 @@ def test_a_run_goes_on_with_the_older_checkpoint_to_the_same_model(tmp_path: Pat
     assert checkpoint is not None
     last = {path for path in folder.clients.iterdir() if path not in checkpoint.client_states.values()}
     assert last  # of the checkpoint before
-    newest = max(checkpoint.client_states.values(), key=lambda path: int(path.stem.partition("-")[2]))
-    newest.write_bytes(b"")
+    before = read_checkpoint(folder.checkpoints / "round-000002.safetensors")
+    new = set(checkpoint.client_states.values()) - set(before.client_states.values())
+    new.pop().write_bytes(b"")
     run(config, tmp_path / "parts")
     assert finals(tmp_path / "parts", config) == finals(tmp_path / "whole", config)
     assert lines(folder.metrics) == lines(tmp_path / "whole/scaffold/metrics.jsonl")
@@ -445,4 +484,43 @@ def test_the_folder_may_be_given_relative_to_where_the_server_stands(
     monkeypatch.chdir(tmp_path)
     kept = ClientStates(Path("kept"), {7: Path("kept/7-3.state")})
     assert kept.path(7) == f"{tmp_path}/kept/7-3.state"
-    assert kept.place(7).startswith(f"{tmp_path}/kept/7-")
+    assert kept.next_file(7).startswith(f"{tmp_path}/kept/7-")
+
+
+class Careless(FedAvg):
+    """Does not look at what clients say of their evaluation."""
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
+        """See Strategy."""
+
+
+def test_replies_that_a_strategy_does_not_look_at_do_not_cost_the_run(tmp_path: Path) -> None:
+    """The clients that are to evaluate after the last round need files that no checkpoint counts on."""
+    config = tiny(
+        strategies=("test_states:Careless", "fedavg"),
+        rounds=3,
+        batch_norm="local",
+        checkpoint_every=2,
+        model="federations:NormNet",
+    )
+    run(config, tmp_path)
+    assert finals(tmp_path, config)
+
+
+@pytest.mark.process
+def test_workers_write_the_files_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the first of all, before which the folder is not there."""
+    written, real = [], ClientStates._written
+
+    def watched(kept: ClientStates, partition_id: int, packed: bytes) -> str:
+        written.append(partition_id)
+        return real(kept, partition_id, packed)
+
+    monkeypatch.setattr(ClientStates, "_written", watched)
+    config = tiny(strategies=("scaffold",), rounds=3, num_clients=3)
+    app, by_round = make_app(tmp_path, lambda strategy, event: by_round.append(len(written))), []
+    with open_engine("ray", workers=2) as engine:
+        simulate(app, client_app, 3, engine=engine, run_config=config.to_run_config())
+    assert 1 <= by_round[-1] <= 3
+    assert written == written[: by_round[2]]
+    assert len(StrategyFolder(tmp_path / "scaffold").resume().client_states) == 3

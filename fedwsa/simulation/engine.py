@@ -38,13 +38,13 @@ class Population:
 class Job:
     """One message for one client.
 
-    state: what it kept from the rounds before (None: nothing). place: the file for what it keeps now; empty: none.
+    state: what it kept from the rounds before (None: nothing). file: for what it keeps now; empty: none.
     """
 
     message: Message
     partition_id: int
     state: Kept | None = None
-    place: str = ""
+    file: str = ""
 
 
 @dataclass(slots=True)
@@ -131,14 +131,14 @@ def answer(population: Population, job: Job) -> Answer:
     """
     metadata = job.message.metadata
     message = make_message(metadata, own_content(job.message.content))
-    before = states.read(job.state)
+    before, state = states.load(job.state)
     start, threads = time.perf_counter(), torch.get_num_threads()
     try:
         context = Context(
             run_id=metadata.run_id,
             node_id=metadata.dst_node_id,
             node_config={"partition-id": job.partition_id, "num-partitions": population.num_clients},
-            state=states.unpack(before),
+            state=state,
             run_config=dict(population.run_config),
         )
         with span(metadata.message_type.partition(".")[0]):
@@ -148,14 +148,14 @@ def answer(population: Population, job: Job) -> Answer:
         if reply.has_content():  # nothing of it is the app's, the state's or another reply's too
             reply.content = own_content(reply.content)
         after = states.pack(context.state)
-        state = None if after == before else states.write(job.place, after)
+        kept = None if after == before else states.write(job.file, after)
     except (Exception, SystemExit):  # the clients of `inprocess` must not end the server
         reply = Message(Error(CLIENT_APP_RAISED, traceback.format_exc()), reply_to=message)
-        state = None  # half of what it kept is nothing that it could go on from
+        kept = None  # half of what it kept is nothing that it could go on from
     finally:
         if torch.get_num_threads() != threads:  # the next client of this worker must not depend on who was before it
             torch.set_num_threads(threads)
-    return Answer(metadata.message_id, reply, state, time.perf_counter() - start)
+    return Answer(metadata.message_id, reply, kept, time.perf_counter() - start)
 
 
 def perform(population: Population, task: Task) -> Outcome:

@@ -258,7 +258,7 @@ class SimulationGrid(Grid):
         self.engine.submit(Task(jobs, going[0].make, sum(each or 0.0 for each in seconds)))
 
     def _job(self, message: Message, partition_id: int) -> Job:
-        return Job(message, partition_id, self.states.path(partition_id), self.states.place(partition_id))
+        return Job(message, partition_id, self.states.path(partition_id), self.states.next_file(partition_id))
 
     def give_up(self, message_ids: set[str]) -> None:
         """Expect no reply to these any more."""

@@ -101,7 +101,7 @@ class _Packer:
                         records[number, key] = record
                         rest[key] = ArrayRecord()  # keeps its place
                 contents.append(rest)
-            jobs.append((job.message.metadata, number, job.partition_id, job.state, job.place))
+            jobs.append((job.message.metadata, number, job.partition_id, job.state, job.file))
         return Packed(self._pickled, contents, jobs), records
 
 

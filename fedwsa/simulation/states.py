@@ -1,6 +1,7 @@
 """What clients keep from round to round (`Context.state`): a file each, not in the server's memory."""
 
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
@@ -36,22 +37,31 @@ def read(kept: Kept | None) -> bytes:
     try:
         return Path(kept).read_bytes()
     except OSError as error:
-        raise RunFolderError(f"{kept}: cannot be read: {error.strerror or error}") from error
+        raise _unreadable(kept, error) from error
 
 
-def write(place: str, packed: bytes) -> Kept:
-    """Put a packed state into a new file, if there is a place for one; gives what the server has to know."""
+def load(kept: Kept | None) -> tuple[bytes, RecordDict]:
+    """A packed state, and the state. Raises RunFolderError, also for damaged bytes."""
+    packed = read(kept)
     try:
-        if place:
-            _write(place, packed)
-            return place
+        return packed, unpack(packed)
+    except Exception as error:  # whatever damaged bytes lead to
+        raise _unreadable(kept if isinstance(kept, str) else "what a client keeps", error) from error
+
+
+def write(file: str, packed: bytes) -> Kept:
+    """Put a packed state into a new file, if one is named; gives what the server has to know."""
+    try:
+        if file:
+            _write(file, packed)
+            return file
     except OSError:  # the server tries it too, and says what is wrong
         pass
     return packed
 
 
 def _write(path: str, packed: bytes) -> None:
-    """Never over a file that is there: another worker, given up and not yet gone, may have the same place."""
+    """Never over a file that is there: another worker, given up and not yet gone, may have been told the same one."""
     with open(path, "xb") as file:
         try:
             file.write(packed)
@@ -75,11 +85,11 @@ class ClientStates(Mapping[int, RecordDict]):
         self._files = {partition_id: str(path.absolute()) for partition_id, path in (files or {}).items()}
         self._sizes: dict[str, int] = {}  # of those that are on the disk for certain
         self._fresh: set[str] = set()  # that no checkpoint counts on
-        self._number = max(_numbers(folder), default=0) if folder else 0
+        self._token, self._number = secrets.token_hex(4), 0  # in each name: nobody else's, and never used again
         self._temporary: weakref.finalize[..., ClientStates] | None = None
 
     def __getitem__(self, partition_id: int) -> RecordDict:
-        return unpack(read(self._files[partition_id]))
+        return load(self._files[partition_id])[1]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._files)
@@ -91,12 +101,12 @@ class ClientStates(Mapping[int, RecordDict]):
         """Where a client's state lies; None if it has none."""
         return self._files.get(partition_id)
 
-    def place(self, partition_id: int) -> str:
+    def next_file(self, partition_id: int) -> str:
         """Where its next one is to lie: another file each time. Empty where there is no folder yet."""
         if not self._folder:
             return ""
         self._number += 1
-        return f"{self._folder}/{partition_id}-{self._number}{STATE_SUFFIX}"
+        return f"{self._folder}/{partition_id}-{self._token}-{self._number}{STATE_SUFFIX}"
 
     def take(self, partition_id: int, kept: Kept) -> None:
         """A client's new state. Raises RunFolderError where it cannot be written."""
@@ -114,22 +124,21 @@ class ClientStates(Mapping[int, RecordDict]):
                 os.makedirs(self._folder, exist_ok=True)
             else:
                 self._make_temporary()
-            while True:
-                path = self.place(partition_id)
-                with suppress(FileExistsError):  # of a worker that outlived a server which was killed
-                    _write(path, packed)
-                    return path
+            path = self.next_file(partition_id)
+            _write(path, packed)
         except OSError as error:
-            raise unwritable(Path(self._folder or tempfile.gettempdir()), error) from error
+            raise unwritable(Path(self._folder or "a temporary folder"), error) from error
+        return path
 
     def _make_temporary(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="fedwsa-states-")
-        self._temporary = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._temporary = weakref.finalize(self, _discard, self._folder)
 
     def close(self) -> None:
         """Remove the temporary folder, if there is one; as when nobody has this any more."""
         if self._temporary:
             self._temporary()
+            self._folder = ""
 
     def synced(self) -> dict[str, int]:
         """The files that stand and their bytes, all on the disk now: for a checkpoint. Raises RunFolderError."""
@@ -142,17 +151,23 @@ class ClientStates(Mapping[int, RecordDict]):
 def _synced(path: str) -> int:
     try:
         file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-            return os.fstat(file).st_size
-        finally:
-            os.close(file)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        os.fsync(file)
+        return os.fstat(file).st_size
     except OSError as error:
         raise unwritable(Path(path), error) from error
+    finally:
+        os.close(file)
 
 
-def _numbers(folder: Path) -> Iterator[int]:
-    for path in folder.glob(f"*{STATE_SUFFIX}"):
-        number = path.stem.partition("-")[2]
-        if number.isdecimal():
-            yield int(number)
+def _discard(folder: str) -> None:
+    """Under another name first, so that what is still at work puts nothing more into it."""
+    with suppress(OSError):
+        os.rename(folder, f"{folder}-gone")
+    shutil.rmtree(f"{folder}-gone", ignore_errors=True)
+
+
+def _unreadable(path: str, error: Exception) -> RunFolderError:
+    return RunFolderError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")

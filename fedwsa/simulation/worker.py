@@ -105,8 +105,8 @@ class Worker:
         for (number, key), record in zip(places, records, strict=True):
             packed.contents[number][key] = record
         jobs = [
-            Job(make_message(metadata, packed.contents[number]), partition_id, state, place)
-            for metadata, number, partition_id, state, place in packed.jobs
+            Job(make_message(metadata, packed.contents[number]), partition_id, state, file)
+            for metadata, number, partition_id, state, file in packed.jobs
         ]
         try:
             if self.population is None:
