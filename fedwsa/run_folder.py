@@ -197,7 +197,7 @@ class StrategyFolder:
                 checkpoint = read_checkpoint(path)
                 self._cut_metrics(checkpoint.metrics_bytes)
             except OSError as error:
-                raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
+                raise unreadable(path, error) from error
             except Exception as error:  # whatever damaged bytes lead to
                 _LOG.warning("%s: passed over, since it is damaged (%s)", path, error)
             else:
@@ -235,6 +235,11 @@ class StrategyFolder:
 def unwritable(path: Path, error: OSError) -> RunFolderError:
     """What to say of a file that the system does not take."""
     return RunFolderError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def unreadable(path: Path, error: Exception) -> RunFolderError:
+    """What to say of a file that the system does not give, or whose bytes are damaged."""
+    return RunFolderError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def unusable(folder: Path, error: OSError) -> UsageError:

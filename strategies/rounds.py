@@ -77,20 +77,17 @@ class Rounds:
                 result = self.strategy.result(arrays)
                 by_clients = self._evaluate_clients(server_round, result)
                 self._record({"round": server_round, **(by_clients or self.evaluate(result))})
+            if isinstance(self.grid, SimulationGrid):
+                self.grid.finish()  # a client that has not answered yet may need a file that goes now
             if server_round % self.config.checkpoint_every == 0:
                 with span("record"):
                     files = self._client_files()
                     self.folder.save_checkpoint(server_round, unpack(arrays), self.strategy.state(), files)
-        if isinstance(self.grid, SimulationGrid):
-            self.grid.finish()  # a client that has not answered yet may need a file that goes now
         self.folder.save_final(unpack(self.strategy.result(arrays)))
 
     def _client_files(self) -> dict[str, int]:
-        """Of what clients keep, once no reply is missing; real clients keep it themselves."""
-        if not isinstance(self.grid, SimulationGrid):
-            return {}
-        self.grid.finish()
-        return self.grid.states.synced()
+        """Of what clients keep; real ones keep it themselves."""
+        return self.grid.states.synced() if isinstance(self.grid, SimulationGrid) else {}
 
     def _check_state(self) -> None:
         """Before the first round, not at the first checkpoint."""

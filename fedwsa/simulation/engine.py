@@ -145,7 +145,7 @@ def answer(population: Population, job: Job) -> Answer:
             reply = population.app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the client app returned {type(reply).__name__}, not a Message")
-        if reply.has_content():  # nothing of it is the app's, the state's or another reply's too
+        if reply.has_content():  # nothing of it is the app's or another reply's too
             reply.content = own_content(reply.content)
         after = states.pack(context.state)
         kept = None if after == before else states.write(job.file, after)
@@ -200,9 +200,7 @@ class InProcessEngine:
             return []
         task = self.tasks[0]
         outcome = self.perform(task)
-        if (
-            self.tasks and self.tasks[0] is task
-        ):  # not before: Ctrl-C loses none; and it may be another simulation's by now
+        if self.tasks and self.tasks[0] is task:  # not before, so that Ctrl-C loses none; now another may have begun
             self.tasks.popleft()
         return [outcome]
 

@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Wire  # pylint: disable=no-name-in-module
 
-from fedwsa.run_folder import STATE_SUFFIX, RunFolderError, remove, unwritable
+from fedwsa.run_folder import STATE_SUFFIX, remove, unreadable, unwritable
 
 Kept = str | bytes  # a file's path; or what one holds, where the client's process does not see the server's files
 
@@ -37,7 +37,7 @@ def read(kept: Kept | None) -> bytes:
     try:
         return Path(kept).read_bytes()
     except OSError as error:
-        raise _unreadable(kept, error) from error
+        raise unreadable(Path(kept), error) from error
 
 
 def load(kept: Kept | None) -> tuple[bytes, RecordDict]:
@@ -46,7 +46,7 @@ def load(kept: Kept | None) -> tuple[bytes, RecordDict]:
     try:
         return packed, unpack(packed)
     except Exception as error:  # whatever damaged bytes lead to
-        raise _unreadable(kept if isinstance(kept, str) else "what a client keeps", error) from error
+        raise unreadable(Path(kept if isinstance(kept, str) else "what a client keeps"), error) from error
 
 
 def write(file: str, packed: bytes) -> Kept:
@@ -152,7 +152,7 @@ def _synced(path: str) -> int:
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(Path(path), error) from error
     try:
         os.fsync(file)
         return os.fstat(file).st_size
@@ -167,7 +167,3 @@ def _discard(folder: str) -> None:
     with suppress(OSError):
         os.rename(folder, f"{folder}-gone")
     shutil.rmtree(f"{folder}-gone", ignore_errors=True)
-
-
-def _unreadable(path: str, error: Exception) -> RunFolderError:
-    return RunFolderError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}")
